@@ -1,0 +1,41 @@
+"""bpfree: learning without backpropagation, the library of the book."""
+
+from . import style
+from .data import load
+from .measure import alignment
+from .network import Block, Network, convnet, mlp
+from .rule import Rule, Update
+from .rules import (
+    DRTP,
+    Backprop,
+    DirectFeedbackAlignment,
+    FeedbackAlignment,
+    Frozen,
+    KolenPollack,
+    SignSymmetry,
+    shuffled,
+)
+from .train import fit
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "DRTP",
+    "Backprop",
+    "Block",
+    "DirectFeedbackAlignment",
+    "FeedbackAlignment",
+    "Frozen",
+    "KolenPollack",
+    "Network",
+    "Rule",
+    "SignSymmetry",
+    "Update",
+    "alignment",
+    "convnet",
+    "fit",
+    "load",
+    "mlp",
+    "shuffled",
+    "style",
+]

@@ -1,0 +1,178 @@
+"""Data sets as tensors: loaded once, checked once, uint8 until the step that uses them."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import os
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+# our name -> torchvision's class
+TORCHVISION = {
+    "mnist": "MNIST",
+    "fashion-mnist": "FashionMNIST",
+    "cifar10": "CIFAR10",
+    "cifar100": "CIFAR100",
+    "svhn": "SVHN",
+}
+NAMES = ("digits", *TORCHVISION)
+
+# torchvision knows the checksums of the archives only; these are of the IDX files inside, which it
+# reads unchecked
+_IDX_FILES = (
+    "train-images-idx3-ubyte", "train-labels-idx1-ubyte",
+    "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte",
+)  # fmt: skip
+_IDX_MD5 = {
+    "MNIST": (
+        "6bbc9ace898e44ae57da46a324031adb", "a25bea736e30d166cdddb491f175f624",
+        "2646ac647ad5339dbf082846283269ea", "27ae3e4e09519cfbb04c329615203637",
+    ),
+    "FashionMNIST": (
+        "f4a8712d7a061bf5bd6d2ca38dc4d50a", "9018921c3c673c538a1fc5bad174d6f9",
+        "8181f5470baa50b63fa0f6fddb340f0a", "15d484375f8d13e6eb1aabb0c3f46965",
+    ),
+}  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+    """A data set resident on one device.
+
+    Images are uint8, (N, channels, height, width); ``scale`` brings them to [0, 1]. Labels are
+    int64, (N,), in 0..num_classes-1.
+    """
+
+    name: str
+    train_x: Tensor
+    train_y: Tensor
+    test_x: Tensor
+    test_y: Tensor
+    scale: float
+
+    @property
+    def num_classes(self) -> int:
+        return int(self.train_y.max()) + 1
+
+    @cached_property
+    def checksum(self) -> str:
+        """sha256 over the four tensors, in the order train_x, train_y, test_x, test_y."""
+        digest = hashlib.sha256()
+        for t in (self.train_x, self.train_y, self.test_x, self.test_y):
+            digest.update(t.cpu().numpy().tobytes())
+        return digest.hexdigest()
+
+    def inputs(self, x: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+        """uint8 images as network input in [0, 1]."""
+        return x.to(dtype) * self.scale
+
+    def holdout(self, n: int) -> Data:
+        """The same training set with its last n samples in the place of the test set.
+
+        For choosing a learning rate: the test set must not be looked at for that.
+        """
+        if not 0 < n < len(self.train_x):
+            raise ValueError(f"n must be in 1..{len(self.train_x) - 1}, got {n}")
+        x, y = self.train_x, self.train_y
+        return Data(f"{self.name}-holdout{n}", x[:-n], y[:-n], x[-n:], y[-n:], self.scale)
+
+    def to(self, device: torch.device | str) -> Data:
+        tensors = ("train_x", "train_y", "test_x", "test_y")
+        return dataclasses.replace(self, **{t: getattr(self, t).to(device) for t in tensors})
+
+
+def data_root(root: str | os.PathLike | None = None) -> Path:
+    """Folder of the data sets: the argument, else ``BPFREE_DATA``, else the user's cache folder."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return Path(root or os.environ.get("BPFREE_DATA") or cache / "bpfree")
+
+
+def load(
+    name: str = "digits",
+    root: str | os.PathLike | None = None,
+    device: torch.device | str = "cpu",
+    download: bool = False,
+) -> Data:
+    """A data set as tensors on ``device``, every file checked against its checksum first.
+
+    Args:
+        name: ``"digits"`` (scikit-learn's 8x8 digits, embedded; every fifth image is test), or one
+            of torchvision's: ``"mnist"``, ``"fashion-mnist"``, ``"cifar10"``, ``"cifar100"``,
+            ``"svhn"`` (its train and test parts).
+        root: folder in torchvision's layout; see ``data_root``.
+        download: let torchvision fetch what is missing.
+
+    Raises:
+        ValueError: for an unknown name, or a file whose checksum is wrong (it is named).
+        FileNotFoundError: for a missing file (it is named, with the command that fetches it).
+    """
+    if name not in NAMES:
+        raise ValueError(f"unknown data set {name!r}; known: {', '.join(NAMES)}")
+    if name == "digits":
+        return _digits().to(device)
+    import torchvision
+
+    dataset = getattr(torchvision.datasets, TORCHVISION[name])
+    root = data_root(root)
+    splits = ({"split": "train"}, {"split": "test"}) if name == "svhn" else (
+        {"train": True}, {"train": False})  # fmt: skip
+    if download:
+        for split in splits:
+            dataset(root, download=True, **split)
+    _check_files(name, dataset, root)
+    parts = []
+    for split in splits:
+        part = dataset(root, download=False, **split)
+        labels = part.labels if name == "svhn" else part.targets
+        parts += [_images(part.data), torch.as_tensor(np.asarray(labels), dtype=torch.int64)]
+    return Data(name, *parts, scale=1 / 255).to(device)
+
+
+def _digits() -> Data:
+    from sklearn.datasets import load_digits
+
+    bunch = load_digits()
+    x = torch.from_numpy(bunch.images).to(torch.uint8)[:, None]
+    y = torch.from_numpy(bunch.target).long()
+    test = torch.arange(len(x)) % 5 == 4
+    return Data("digits", x[~test], y[~test], x[test], y[test], scale=1 / 16)
+
+
+def _images(data: Tensor | np.ndarray) -> Tensor:
+    """(N, channels, height, width) from what torchvision's classes hold."""
+    x = torch.as_tensor(data)
+    if x.dim() == 3:  # MNIST: (N, H, W)
+        return x[:, None].contiguous()
+    if x.shape[-1] == 3:  # CIFAR: (N, H, W, C); SVHN has its channels in front already
+        return x.permute(0, 3, 1, 2).contiguous()
+    return x
+
+
+def _check_files(name: str, dataset: type, root: Path) -> None:
+    """Raise, naming the file, unless every file of the data set is there and intact."""
+    from torchvision.datasets.utils import check_integrity
+
+    if name == "svhn":
+        lists = [dataset.split_list[split] for split in ("train", "test")]
+        files = [(root / file, md5) for _, file, md5 in lists]
+    elif name.startswith("cifar"):
+        meta = (dataset.meta["filename"], dataset.meta["md5"])
+        lists = [*dataset.train_list, *dataset.test_list, meta]
+        files = [(root / dataset.base_folder / file, md5) for file, md5 in lists]
+    else:
+        folder = root / dataset.__name__ / "raw"
+        md5s = _IDX_MD5[dataset.__name__]
+        files = [(folder / file, md5) for file, md5 in zip(_IDX_FILES, md5s, strict=True)]
+    fetch = f"python -c \"import bpfree; bpfree.load('{name}', root='{root}', download=True)\""
+    for path, md5 in files:
+        if not path.is_file():
+            raise FileNotFoundError(f"{name}: no file {path}; fetch the data set with\n  {fetch}")
+        if not check_integrity(path, md5):
+            raise ValueError(
+                f"{name}: {path} is damaged (expected md5 {md5}); delete it and fetch it with\n  {fetch}"
+            )

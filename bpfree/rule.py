@@ -1,0 +1,179 @@
+"""What every learning rule shares: one pure update, and signals turned into gradients (chapter 0).
+
+*Learning rules differ in where the teaching signal comes from, and in nothing else.* A rule says,
+for each block l, what its presynaptic activity r_l and its teaching signal delta_l are. This file
+does the rest, the same for all:
+
+    grad W_l = delta_l^T r_l / B        W_l <- W_l - eta * grad W_l
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .network import Network, Trace
+
+Signal = tuple[Tensor, Tensor]
+
+
+class Update(NamedTuple):
+    """What one step of a rule computes, before any weight moves."""
+
+    loss: Tensor  # mean cross-entropy of the batch, a scalar, in nats
+    logits: Tensor  # (B, C)
+    grads: dict[str, Tensor]  # keyed and shaped like ``Rule.params()``
+    signals: list[Signal]  # (r_l, delta_l) for l = 1..L
+
+
+class Rule(nn.Module):
+    """A learning rule for a network. Subclasses implement ``signals``.
+
+    What a rule keeps fixed (B, D, F) is a buffer; what it learns beside the weights is a parameter.
+    So both are saved by ``state_dict`` and moved by ``to``. The network itself is not a submodule:
+    ``rule.parameters()`` are only the rule's own.
+
+    Args:
+        net: a ``Network`` whose last block is linear and gives (B, C) logits, C >= 2.
+        generator: source of the rule's random draws, dropout included; None is torch's default.
+
+    Raises:
+        TypeError: if ``net`` is not a ``Network``.
+        ValueError: if the last block has an activation, pooling or dropout.
+    """
+
+    def __init__(self, net: Network, generator: torch.Generator | None = None):
+        super().__init__()
+        name = type(self).__name__
+        if not isinstance(net, Network):
+            raise TypeError(
+                f"{name} needs a bpfree.Network (from mlp, convnet or Network(*blocks)), "
+                f"got {type(net).__name__}"
+            )
+        last = net[-1]
+        if last.activation != "identity" or last.pool is not None or last.dropout:
+            raise ValueError(
+                f"{name} needs a last block that gives logits (activation 'identity', no pool, no "
+                f"dropout), got activation {last.activation!r}, pool {last.pool}, "
+                f"dropout {last.dropout}"
+            )
+        if len(net.shapes[-1]) != 1 or net.num_classes < 2:
+            raise ValueError(f"{name} needs logits of shape (B, C >= 2), got (B, {net.shapes[-1]})")
+        self.__dict__["net"] = net  # past nn.Module.__setattr__, which would adopt it
+        self.generator = generator
+
+    # ---- what a subclass says -------------------------------------------------------------------
+
+    def signals(
+        self,
+        params: dict[str, Tensor],
+        state: dict[str, Tensor],
+        trace: list[Trace],
+        error: Tensor,
+        target: Tensor,
+    ) -> list[Signal]:
+        """(r_l, delta_l) for l = 1..L; delta_l has the shape of a_l.
+
+        Args:
+            params: as ``params()``; read weights here, never from ``self.net``.
+            state: as ``state()``; read fixed feedback here, never from ``self``.
+            trace: r, a, z, h of every block on this batch.
+            error: e = softmax(a_L) - y, (B, C).
+            target: y one-hot, (B, C).
+        """
+        raise NotImplementedError
+
+    def own_grads(self, grads: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Gradients of what the rule itself learns, from those of the weights; keys ``rule.*``."""
+        return {}
+
+    # ---- what the library does ------------------------------------------------------------------
+
+    def params(self) -> dict[str, Tensor]:
+        """Everything that learns: the network's parameters, and the rule's own as ``rule.*``."""
+        own = {f"rule.{name}": p for name, p in self.named_parameters()}
+        return {**dict(self.net.named_parameters()), **own}
+
+    def state(self) -> dict[str, Tensor]:
+        """Everything that is fixed: the rule's buffers."""
+        return dict(self.named_buffers())
+
+    @torch.no_grad()
+    def update(
+        self,
+        params: dict[str, Tensor],
+        state: dict[str, Tensor],
+        x: Tensor,
+        y: Tensor,
+        generator: torch.Generator | None = None,
+        masks: dict[int, Tensor] | None = None,
+    ) -> Update:
+        """One step's loss, logits, gradients and signals: a pure function, nothing is written.
+
+        Args:
+            params, state: as ``params()`` and ``state()`` give them, or doctored copies.
+            x: inputs (B, *input_shape), float. y: classes (B,), int64 in 0..C-1. Not checked here.
+            generator: source of dropout masks. masks: the masks themselves, as ``net.masks`` gives.
+        """
+        if masks is None:
+            masks = self.net.masks(len(x), generator)
+        trace = self.net.trace(params, x, masks)
+        logits = trace[-1].h
+        log_p = F.log_softmax(logits, 1)
+        target = (y[:, None] == torch.arange(logits.shape[1], device=y.device)).to(log_p.dtype)
+        loss = -(log_p * target).sum(1).mean()
+        signals = self.signals(params, state, trace, log_p.exp() - target, target)
+        grads = {}
+        for l, (block, (r, delta)) in enumerate(zip(self.net, signals, strict=True)):
+            for name, grad in block.outer(delta / len(x), r).items():
+                grads[f"{l}.linear.{name}"] = grad
+        return Update(loss, logits, {**grads, **self.own_grads(grads)}, signals)
+
+    def backward(self, x: Tensor, y: Tensor) -> Tensor:
+        """Accumulate the rule's gradients into ``.grad``, as ``loss.backward()`` would.
+
+        Args:
+            x: inputs (B, *input_shape), floating point, finite. y: classes (B,), in 0..C-1.
+
+        Returns:
+            The detached mean cross-entropy of the batch, in nats.
+
+        Raises:
+            TypeError, ValueError: for input that is not so; nothing is changed then.
+        """
+        check_batch(self.net, x, y)
+        params = self.params()
+        update = self.update(params, self.state(), x, y.long(), self.generator)
+        for name, p in params.items():
+            if p.requires_grad:
+                grad = update.grads[name].to(p.dtype)
+                p.grad = grad if p.grad is None else p.grad.add_(grad)
+        return update.loss
+
+
+def check_batch(net: Network, x: Tensor, y: Tensor) -> None:
+    """Raise a clear error unless x, y are a finite float batch and valid class indices for ``net``."""
+    if not x.is_floating_point():
+        raise TypeError(f"x must be floating point, got {x.dtype}; scale pixels first: x.float() / 255")
+    weight = net[0].linear.weight
+    if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
+        raise TypeError(f"x must have the weights' dtype {weight.dtype}, got {x.dtype}")
+    if x.dim() < 2 or (
+        tuple(x.shape[1:]) != net.input_shape
+        if net[0].is_conv
+        else x[0].numel() != net[0].linear.in_features
+    ):
+        raise ValueError(f"x must have shape (B, {', '.join(map(str, net.input_shape))}), "
+                         f"got {tuple(x.shape)}")  # fmt: skip
+    if len(x) == 0 or y.shape != (len(x),):
+        raise ValueError(f"y must have shape ({len(x)},) with at least one sample, got {tuple(y.shape)}")
+    if y.is_floating_point() or y.is_complex() or y.dtype == torch.bool:
+        raise TypeError(f"y must hold integer class indices, got {y.dtype}")
+    low, high = (int(v) for v in y.aminmax())
+    if low < 0 or high >= net.num_classes:
+        raise ValueError(f"labels must be in 0..{net.num_classes - 1}, got {low}..{high}")
+    if not torch.isfinite(x).all():
+        raise ValueError(f"x must be finite, got {int((~torch.isfinite(x)).sum())} NaN or infinite values")

@@ -1,0 +1,22 @@
+"""One file per family of learning rules; each is one idea about where the teaching signal comes from."""
+
+from .backprop import Backprop
+from .falsifiers import Frozen, shuffled
+from .feedback import (
+    DRTP,
+    DirectFeedbackAlignment,
+    FeedbackAlignment,
+    KolenPollack,
+    SignSymmetry,
+)
+
+__all__ = [
+    "DRTP",
+    "Backprop",
+    "DirectFeedbackAlignment",
+    "FeedbackAlignment",
+    "Frozen",
+    "KolenPollack",
+    "SignSymmetry",
+    "shuffled",
+]

@@ -1,0 +1,35 @@
+"""Two learners that must lose (chapter 1): what an accuracy is worth is read off its distance to them.
+
+A rule that does not beat frozen hidden layers has taught its hidden layers nothing. A rule that
+does not beat its own shuffled signal owes its accuracy to something other than that signal.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from ..rule import Rule
+
+
+class Frozen(Rule):
+    """Only the last block learns: delta_L = e, delta_l = 0 below. Random features and a read-out."""
+
+    def signals(self, params, state, trace, error, target):
+        hidden = [(t.r, torch.zeros_like(t.a)) for t in trace[:-1]]
+        return [*hidden, (trace[-1].r, error)]
+
+
+def shuffled(rule: type[Rule]) -> type[Rule]:
+    """The same rule, except that each sample's hidden teaching signals are another sample's.
+
+    Signals move by one place along the batch, whose order is random in training. Their sizes and
+    their mean over the batch stay; what is lost is which sample they belong to.
+    """
+
+    class Shuffled(rule):
+        def signals(self, *args):
+            *hidden, last = super().signals(*args)
+            return [*((r, delta.roll(1, 0)) for r, delta in hidden), last]
+
+    Shuffled.__name__ = Shuffled.__qualname__ = f"Shuffled{rule.__name__}"
+    return Shuffled
