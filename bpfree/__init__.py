@@ -1,9 +1,10 @@
 """bpfree: learning without backpropagation, the library of the book."""
 
 from . import style
+from .block import Block
 from .data import load
 from .measure import alignment
-from .network import Block, Network, convnet, mlp
+from .network import Network, convnet, mlp
 from .rule import Rule, Update
 from .rules import (
     DRTP,

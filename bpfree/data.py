@@ -174,5 +174,5 @@ def _check_files(name: str, dataset: type, root: Path) -> None:
             raise FileNotFoundError(f"{name}: no file {path}; fetch the data set with\n  {fetch}")
         if not check_integrity(path, md5):
             raise ValueError(
-                f"{name}: {path} is damaged (expected md5 {md5}); delete it and fetch it with\n  {fetch}"
+                f"{name}: {path} is damaged (its md5 is not {md5}); delete it, then\n  {fetch}"
             )

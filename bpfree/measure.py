@@ -14,7 +14,7 @@ from .rules.backprop import Backprop
 class Alignment(NamedTuple):
     """A rule's weight gradients beside backprop's on the same batch, per block l = 1..L."""
 
-    angle: Tensor  # (L,) degrees in [0, 180]; below 90 the rule's step lowers the loss, to first order
+    angle: Tensor  # (L,) degrees in [0, 180]; below 90 a small step lowers the loss
     norm: Tensor  # (L,) ratio of Frobenius norms, rule / backprop
 
 
@@ -38,8 +38,8 @@ def alignment(
     Angle alone hides a signal that points right and has no length, so both are given.
 
     Args:
-        x, y: as for ``rule.backward``. params, state: default to the rule's own; stacked ones may be
-            given under ``torch.func.vmap``.
+        x, y: as for ``rule.backward``.
+        params, state: the rule's own by default; a slice of stacks under ``torch.vmap``.
     """
     params = rule.params() if params is None else params
     state = rule.state() if state is None else state

@@ -9,13 +9,15 @@ does the rest, the same for all:
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .network import Network, Trace
+from .block import Trace
+from .network import Network
 
 Signal = tuple[Tensor, Tensor]
 
@@ -155,25 +157,26 @@ class Rule(nn.Module):
 
 
 def check_batch(net: Network, x: Tensor, y: Tensor) -> None:
-    """Raise a clear error unless x, y are a finite float batch and valid class indices for ``net``."""
+    """Raise unless x is a finite float batch and y are class indices that fit ``net``."""
     if not x.is_floating_point():
-        raise TypeError(f"x must be floating point, got {x.dtype}; scale pixels first: x.float() / 255")
+        raise TypeError(f"x must be floating point, got {x.dtype}; scale it: x.float() / 255")
     weight = net[0].linear.weight
     if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
         raise TypeError(f"x must have the weights' dtype {weight.dtype}, got {x.dtype}")
-    if x.dim() < 2 or (
-        tuple(x.shape[1:]) != net.input_shape
-        if net[0].is_conv
-        else x[0].numel() != net[0].linear.in_features
-    ):
-        raise ValueError(f"x must have shape (B, {', '.join(map(str, net.input_shape))}), "
-                         f"got {tuple(x.shape)}")  # fmt: skip
-    if len(x) == 0 or y.shape != (len(x),):
-        raise ValueError(f"y must have shape ({len(x)},) with at least one sample, got {tuple(y.shape)}")
+    sample = tuple(x.shape[1:])  # a Linear block flattens its input, so only the size must fit
+    fits = sample == net.input_shape
+    if not net[0].is_conv and sample:
+        fits = math.prod(sample) == math.prod(net.input_shape)
+    if not fits or len(x) == 0:
+        expected = ", ".join(map(str, net.input_shape))
+        raise ValueError(f"x must have shape (B >= 1, {expected}), got {tuple(x.shape)}")
+    if y.shape != (len(x),):
+        raise ValueError(f"y must have shape ({len(x)},), got {tuple(y.shape)}")
     if y.is_floating_point() or y.is_complex() or y.dtype == torch.bool:
         raise TypeError(f"y must hold integer class indices, got {y.dtype}")
     low, high = (int(v) for v in y.aminmax())
     if low < 0 or high >= net.num_classes:
         raise ValueError(f"labels must be in 0..{net.num_classes - 1}, got {low}..{high}")
     if not torch.isfinite(x).all():
-        raise ValueError(f"x must be finite, got {int((~torch.isfinite(x)).sum())} NaN or infinite values")
+        bad = int((~torch.isfinite(x)).sum())
+        raise ValueError(f"x must be finite, got {bad} NaN or infinite values")

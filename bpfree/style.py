@@ -1,4 +1,4 @@
-"""One look for every figure: colours that colour-blind readers tell apart, and a line style each."""
+"""One look for every figure: colours that colour-blind readers tell apart, plus a line style."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def label(rule: str) -> str:
 
 
 def line(rule: str) -> dict:
-    """Keyword arguments of ``Axes.plot`` for a rule class, such as ``line("FeedbackAlignment")``."""
+    """Keyword arguments of ``Axes.plot`` for a rule class, given by its name."""
     _, color, linestyle, marker = RULES["Shuffled" if rule.startswith("Shuffled") else rule]
     return dict(label=label(rule), color=color, linestyle=linestyle, marker=marker)
 

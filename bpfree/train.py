@@ -131,7 +131,6 @@ def _fit_group(
 
     step, hits = over_seeds(step), over_seeds(hits, in_dims=(0, None, None))
     probed = over_seeds(probed)
-    empty = torch.empty(S, 0)
     losses, accuracies, tests, probes = [], [], [], []
     with torch.no_grad():
         if probe:
@@ -166,8 +165,8 @@ def _fit_group(
             for s, r in enumerate(rules):
                 for name, p in r.params().items():
                     p.copy_(params[name][s])
-    angles, norms = (torch.stack(c, 1) for c in zip(*probes, strict=True)) if probe else (empty,) * 2
-    return (*(torch.stack(c, 1) for c in (losses, accuracies, tests)), angles, norms)
+    probes = [torch.stack(c, 1) for c in zip(*probes, strict=True)] or [torch.empty(S, 0)] * 2
+    return (*(torch.stack(c, 1) for c in (losses, accuracies, tests)), *probes)
 
 
 def _join(tensors: list[Tensor]) -> Tensor:

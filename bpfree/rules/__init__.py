@@ -1,4 +1,4 @@
-"""One file per family of learning rules; each is one idea about where the teaching signal comes from."""
+"""One file per family of learning rules: where its teaching signal comes from."""
 
 from .backprop import Backprop
 from .falsifiers import Frozen, shuffled

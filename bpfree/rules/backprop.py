@@ -1,10 +1,10 @@
-"""Backpropagation as a teaching signal (chapter 1): the rule that the others are measured against."""
+"""Backpropagation as teaching signals (chapter 1): what the other rules are measured against."""
 
 from __future__ import annotations
 
 from torch import Tensor
 
-from ..network import Trace
+from ..block import Trace
 from ..rule import Rule, Signal
 
 

@@ -1,4 +1,4 @@
-"""Two learners that must lose (chapter 1): what an accuracy is worth is read off its distance to them.
+"""Two learners that must lose (chapter 1): an accuracy is worth its distance to them.
 
 A rule that does not beat frozen hidden layers has taught its hidden layers nothing. A rule that
 does not beat its own shuffled signal owes its accuracy to something other than that signal.
@@ -12,7 +12,7 @@ from ..rule import Rule
 
 
 class Frozen(Rule):
-    """Only the last block learns: delta_L = e, delta_l = 0 below. Random features and a read-out."""
+    """Only the last block learns, on random features: delta_L = e, delta_l = 0 below."""
 
     def signals(self, params, state, trace, error, target):
         hidden = [(t.r, torch.zeros_like(t.a)) for t in trace[:-1]]

@@ -1,0 +1,138 @@
+"""One block: a linear map with the only weights, then a parameter-free map phi (chapter 0).
+
+    a_l = h_{l-1} W_l^T + b_l        h_l = phi_l(a_l) = dropout(pool(activation(a_l)))
+
+Learning rules need a_l, h_l and the local derivative of phi_l, one block at a time. So a block
+computes them as plain functions of given weights, which is what lets ``torch.func.vmap`` train
+many seeds at once and an audit call the same code with doctored weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+aten = torch.ops.aten
+
+# name -> (f, (v, a, f(a)) -> v * f'(a)); the derivatives that need no autograd
+ACTIVATIONS: dict[str, tuple[Callable, Callable]] = {
+    "identity": (lambda a: a, lambda v, a, z: v),
+    "relu": (torch.relu, lambda v, a, z: aten.threshold_backward(v, z, 0)),
+    "tanh": (torch.tanh, lambda v, a, z: aten.tanh_backward(v, z)),
+    "sigmoid": (torch.sigmoid, lambda v, a, z: aten.sigmoid_backward(v, z)),
+}
+
+
+class Trace(NamedTuple):
+    """What block l computed on one batch."""
+
+    r: Tensor  # h_{l-1}, the input of the linear map: (B, n_{l-1}) or (B, C, H, W)
+    a: Tensor  # pre-activation: (B, n_l) or (B, C', H', W')
+    z: Tensor  # activation(a), the shape of a
+    h: Tensor  # activity, after pooling and dropout
+    mask: Tensor | None  # dropout mask with values 0 and 1/(1-p), the shape of h
+
+
+class Block(nn.Module):
+    """One linear map and one parameter-free map: h = dropout(pool(activation(linear(x)))).
+
+    Args:
+        linear: an ``nn.Linear`` (its input is flattened first) or a zero-padded ``nn.Conv2d``.
+        activation: a name in ``ACTIVATIONS`` or any elementwise function of a tensor.
+        pool: a parameter-free module applied after the activation, such as ``nn.MaxPool2d(2)``.
+        dropout: probability in [0, 1) of silencing a unit. Active only where a mask is passed.
+
+    Raises:
+        TypeError, ValueError: for a linear map, activation, pool or dropout out of these ranges.
+    """
+
+    def __init__(
+        self,
+        linear: nn.Linear | nn.Conv2d,
+        activation: str | Callable[[Tensor], Tensor] = "relu",
+        pool: nn.Module | None = None,
+        dropout: float = 0.0,
+    ):
+        super().__init__()
+        if type(linear) not in (nn.Linear, nn.Conv2d):
+            raise TypeError(f"linear must be nn.Linear or nn.Conv2d, got {type(linear).__name__}")
+        if isinstance(linear, nn.Conv2d):
+            if linear.padding_mode != "zeros":
+                raise ValueError(f"padding_mode must be 'zeros', got {linear.padding_mode!r}")
+            if isinstance(linear.padding, str):
+                raise ValueError(f"padding must be given in pixels, got {linear.padding!r}")
+        if not callable(activation) and activation not in ACTIVATIONS:
+            raise ValueError(
+                f"activation must be a function or one of {sorted(ACTIVATIONS)}, got {activation!r}"
+            )
+        if pool is not None and list(pool.parameters()):
+            raise ValueError(f"pool must have no parameters, got {pool}")
+        if not 0 <= dropout < 1:
+            raise ValueError(f"dropout must be in [0, 1), got {dropout}")
+        self.linear, self.activation, self.pool, self.dropout = linear, activation, pool, dropout
+
+    @property
+    def is_conv(self) -> bool:
+        return isinstance(self.linear, nn.Conv2d)
+
+    def _geometry(self) -> dict:
+        c = self.linear
+        return dict(stride=c.stride, padding=c.padding, dilation=c.dilation, groups=c.groups)
+
+    def act(self, a: Tensor) -> Tensor:
+        """activation(a), elementwise."""
+        f = self.activation
+        return f(a) if callable(f) else ACTIVATIONS[f][0](a)
+
+    def trace(
+        self, h: Tensor, weight: Tensor, bias: Tensor | None = None, mask: Tensor | None = None
+    ) -> Trace:
+        """The block's forward pass with the given weights; ``mask=None`` drops no unit."""
+        if self.is_conv:
+            r = h
+            a = F.conv2d(r, weight, bias, **self._geometry())
+        else:
+            r = h.flatten(1)
+            a = F.linear(r, weight, bias)
+        z = self.act(a)
+        h = z if self.pool is None else self.pool(z)
+        return Trace(r, a, z, h if mask is None else h * mask, mask)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        return self.trace(x, self.linear.weight, self.linear.bias, mask).h
+
+    def local_vjp(self, v: Tensor, t: Trace) -> Tensor:
+        """phi'(a) * v: from the shape of h to the shape of a, through this block's phi only."""
+        if t.mask is not None:
+            v = v * t.mask
+        if self.pool is not None:
+            v = torch.func.vjp(self.pool, t.z)[1](v)[0]
+        if callable(self.activation):
+            return torch.func.vjp(self.activation, t.a)[1](v)[0]
+        return ACTIVATIONS[self.activation][1](v, t.a, t.z)
+
+    def transpose(self, delta: Tensor, weight: Tensor, like: Tensor) -> Tensor:
+        """delta W: from the shape of a to the shape of the block's input, that of ``like``.
+
+        For a convolution this is the transposed convolution with ``weight``.
+        """
+        if self.is_conv:
+            weight = weight.to(delta.dtype)
+            return torch.nn.grad.conv2d_input(like.shape, weight, delta, **self._geometry())
+        return (delta @ weight.to(delta.dtype)).reshape(like.shape)
+
+    def outer(self, delta: Tensor, r: Tensor) -> dict[str, Tensor]:
+        """delta^T r, summed over batch and positions; keyed like the linear map's parameters."""
+        r = r.to(delta.dtype)
+        if self.is_conv:
+            shape = self.linear.weight.shape
+            grads = {"weight": torch.nn.grad.conv2d_weight(r, shape, delta, **self._geometry())}
+        else:
+            grads = {"weight": delta.T @ r}
+        if self.linear.bias is not None:
+            grads["bias"] = delta.sum((0, 2, 3) if self.is_conv else 0)
+        return grads

@@ -1,0 +1,98 @@
+"""Make the chapters' notebooks from their text twins, with the outputs of a fresh run.
+
+    python tools/notebooks.py [NAME ...]     write and run chapters/NAME.ipynb (default: all)
+    python tools/notebooks.py --check        exit 1 unless every notebook is its twin's, cell by cell
+
+The twin, chapters/text/NAME.md, is what is edited and reviewed. ``{{ repository }}`` in it stands
+for the address in _config.yml, the only place where that is written.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+CHAPTERS = ROOT / "chapters"
+
+
+def repository() -> str:
+    import yaml
+
+    return yaml.safe_load((ROOT / "_config.yml").read_text())["repository"]["url"]
+
+
+def render(twin: Path):
+    """The twin as a notebook without outputs."""
+    import jupytext
+
+    text = twin.read_text().replace("{{ repository }}", repository())
+    nb = jupytext.reads(text, fmt="md:myst")
+    nb.metadata = {
+        "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
+        "language_info": {"name": "python"},
+    }
+    for i, cell in enumerate(nb.cells):
+        cell["id"] = f"cell-{i}"  # jupytext draws ids at random
+    nb.nbformat, nb.nbformat_minor = 4, 5
+    return nb
+
+
+def run(twin: Path) -> None:
+    import nbformat
+    from nbclient import NotebookClient
+
+    nb = render(twin)
+    NotebookClient(
+        nb, timeout=600, kernel_name="python3", resources={"metadata": {"path": str(CHAPTERS)}}
+    ).execute()
+    for cell in nb.cells:
+        cell.metadata.pop("execution", None)  # timestamps
+        for output in cell.get("outputs", []):
+            output.get("metadata", {}).pop("execution", None)
+    nb.metadata["language_info"] = {"name": "python"}
+    nbformat.validate(nb)
+    nbformat.write(nb, CHAPTERS / f"{twin.stem}.ipynb")
+
+
+def differs(twin: Path) -> str | None:
+    """What sets the notebook apart from its twin, or None."""
+    import nbformat
+
+    path = CHAPTERS / f"{twin.stem}.ipynb"
+    if not path.exists():
+        return f"{path.name} is missing"
+    ours, theirs = render(twin).cells, nbformat.read(path, 4).cells
+    for i, (a, b) in enumerate(zip(ours, theirs, strict=False)):
+        if (a.cell_type, a.source, dict(a.metadata)) != (b.cell_type, b.source, dict(b.metadata)):
+            return f"{path.name}: cell {i} is not its twin's"
+    return None if len(ours) == len(theirs) else f"{path.name}: {len(theirs)} cells, not {len(ours)}"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("names", nargs="*")
+    parser.add_argument("--check", action="store_true")
+    args = parser.parse_args()
+    twins = sorted((CHAPTERS / "text").glob("*.md"))
+    if args.names:
+        wanted = {re.sub(r"\.(md|ipynb)$", "", Path(n).name) for n in args.names}
+        if missing := wanted - {t.stem for t in twins}:
+            parser.error(f"no twin for {', '.join(sorted(missing))}")
+        twins = [t for t in twins if t.stem in wanted]
+    if args.check:
+        problems = [p for p in map(differs, twins) if p]
+        print("\n".join(problems) or f"{len(twins)} notebooks are their twins'")
+        return bool(problems)
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    for twin in twins:
+        run(twin)
+        print(f"chapters/{twin.stem}.ipynb")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
