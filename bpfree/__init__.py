@@ -1,6 +1,6 @@
 """bpfree: learning without backpropagation, the library of the book."""
 
-from . import style
+from . import recipes, results, style
 from .block import Block
 from .data import load
 from .measure import alignment
@@ -37,6 +37,8 @@ __all__ = [
     "fit",
     "load",
     "mlp",
+    "recipes",
+    "results",
     "shuffled",
     "style",
 ]

@@ -50,7 +50,7 @@ def use() -> None:
             "lines.linewidth": 1.6,
             "lines.markersize": 4,
             "savefig.facecolor": "white",
-            "svg.fonttype": "none",
+            "svg.fonttype": "path",
             "svg.hashsalt": "bpfree",
         }
     )

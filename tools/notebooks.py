@@ -69,7 +69,9 @@ def differs(twin: Path) -> str | None:
     for i, (a, b) in enumerate(zip(ours, theirs, strict=False)):
         if (a.cell_type, a.source, dict(a.metadata)) != (b.cell_type, b.source, dict(b.metadata)):
             return f"{path.name}: cell {i} is not its twin's"
-    return None if len(ours) == len(theirs) else f"{path.name}: {len(theirs)} cells, not {len(ours)}"
+    return (
+        None if len(ours) == len(theirs) else f"{path.name}: {len(theirs)} cells, not {len(ours)}"
+    )
 
 
 def main() -> int:

@@ -1,0 +1,82 @@
+"""The command ``bpfree``: list the recorded experiments, run them, report them."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from . import recipes, results
+
+
+def _seeds(text: str) -> list[int]:
+    """'0:3' is 0, 1, 2; '5' is 5; '0,4' is 0 and 4."""
+    try:
+        if ":" in text:
+            start, stop = map(int, text.split(":"))
+            seeds = list(range(start, stop))
+        else:
+            seeds = [int(part) for part in text.split(",")]
+    except ValueError:
+        seeds = []
+    if not seeds or min(seeds) < 0:
+        raise argparse.ArgumentTypeError(f"seeds must look like 0:3, 5 or 0,4; got {text!r}")
+    return seeds
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="bpfree", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    names = dict(metavar="NAME", help="recipes, as `bpfree list` names them")
+    folder = dict(metavar="DIR", help="folder of the results (default: figures/results)")
+
+    show = commands.add_parser("list", help="the recipes, and which are recorded")
+    show.add_argument("--results", **folder)
+
+    run = commands.add_parser("run", help="train what is not recorded yet, and record it")
+    run.add_argument("names", nargs="+", **names)
+    run.add_argument("--seeds", type=_seeds, help="0:3, 5 or 0,4 (default: the recipe's)")
+    run.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
+    run.add_argument("--data", metavar="DIR", help="folder of the data sets (else BPFREE_DATA)")
+    run.add_argument("--results", **folder)
+    run.add_argument("--quiet", action="store_true", help="no progress bar")
+
+    report = commands.add_parser("report", help="the table of the paper's numbers and ours")
+    report.add_argument("names", nargs="*", **names)
+    report.add_argument("--results", **folder)
+    return parser
+
+
+def _list(args: argparse.Namespace) -> None:
+    width = max(map(len, recipes.RECIPES))
+    for name, recipe in recipes.RECIPES.items():
+        done = []
+        if results.path(name, args.results).exists():
+            done = list(results.read(name, args.results)["runs"])
+        state = f"seeds {', '.join(done)}" if done else "not recorded"
+        print(f"{name:{width}}  {recipe.epochs:4d} epochs  {state}")
+
+
+def _run(args: argparse.Namespace) -> None:
+    chosen = [recipes.get(name) for name in args.names]
+    for recipe in chosen:
+        result = results.record(
+            recipe, args.seeds or recipe.seeds, data_root=args.data, device=args.device,
+            folder=args.results, progress=not args.quiet,
+        )  # fmt: skip
+        accuracy = results.spread(results.final(result))
+        print(f"{recipe.name}: {accuracy} % over {len(result['runs'])} seeds", flush=True)
+
+
+def _report(args: argparse.Namespace) -> None:
+    print(results.table(args.names or list(recipes.RECIPES), args.results))
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point; errors of the user's making are one line on stderr and exit status 2."""
+    args = _parser().parse_args(argv)
+    try:
+        {"list": _list, "run": _run, "report": _report}[args.command](args)
+    except (ValueError, FileNotFoundError, FloatingPointError) as error:
+        print(f"bpfree: {error}", file=sys.stderr)
+        return 2
+    return 0

@@ -1,0 +1,181 @@
+"""Recorded runs: one JSON file per recipe, written atomically, read (never retyped) by chapters."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import platform
+import statistics
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from . import recipes
+from .data import load
+from .recipes import Recipe
+from .style import label
+from .train import Run, fit
+
+FORMAT = "bpfree-result/1"
+ROOT = Path(__file__).resolve().parent.parent
+PROBE = 512  # training images on which alignment with backprop is measured
+
+
+def path(name: str, folder: str | os.PathLike | None = None) -> Path:
+    """Where a recipe's result is: ``folder``, by default figures/results of this checkout."""
+    return Path(folder or ROOT / "figures" / "results") / f"{name}.json"
+
+
+def read(name: str, folder: str | os.PathLike | None = None) -> dict:
+    """A recorded result: ``recipe``, ``data_checksum`` and ``runs`` {seed: curves and manifest}.
+
+    Raises:
+        FileNotFoundError: if it was not recorded, with the command that records it.
+        ValueError: if the file is not a result of this library, or of another recipe.
+    """
+    file = path(name, folder)
+    if not file.exists():
+        raise FileNotFoundError(f"{name} is not recorded; record it with: bpfree run {name}")
+    try:
+        result = json.loads(file.read_text())
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{file} is not a result of bpfree: {error}") from error
+    found = result.get("format") if isinstance(result, dict) else type(result).__name__
+    if found != FORMAT:
+        raise ValueError(f"{file} is not a result of bpfree: expected {FORMAT!r}, got {found!r}")
+    if result["recipe"]["name"] != name:
+        raise ValueError(f"{file} holds the recipe {result['recipe']['name']!r}, not {name!r}")
+    return result
+
+
+def write_json(file: Path, content: dict) -> None:
+    """Write all of it or nothing: a reader never sees half a file."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    temporary = file.with_suffix(f".{os.getpid()}.tmp")
+    try:
+        with open(temporary, "w") as f:
+            json.dump(content, f, indent=1, allow_nan=False)
+            f.write("\n")
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(temporary, file)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def record(
+    recipe: Recipe,
+    seeds: Sequence[int],
+    *,
+    data_root: str | os.PathLike | None = None,
+    device: str = "cpu",
+    folder: str | os.PathLike | None = None,
+    progress: bool = False,
+) -> dict:
+    """Train the seeds of a recipe that are not recorded yet, and add them to its file.
+
+    On a CPU the file is written after each seed, so that a stop loses at most one.
+
+    Raises:
+        ValueError: if the file there was made by other settings; it is left as it is.
+    """
+    settings = json.loads(json.dumps(dataclasses.asdict(recipe)))
+    file = path(recipe.name, folder)
+    result = {"format": FORMAT, "recipe": settings, "data_checksum": None, "runs": {}}
+    if file.exists():
+        result = read(recipe.name, folder)
+        theirs = result["recipe"]
+        changed = [k for k in settings if k != "seeds" and settings[k] != theirs.get(k)]
+        if changed:
+            was = ", ".join(f"{k}={theirs.get(k)!r} (now {settings[k]!r})" for k in changed)
+            raise ValueError(f"{file} was recorded with {was}; move it away to record anew")
+        result["recipe"] = settings
+    missing = [seed for seed in seeds if str(seed) not in result["runs"]]
+    if not missing:
+        return result
+    data = load(recipe.data, data_root)
+    if result["data_checksum"] not in (None, data.checksum):
+        raise ValueError(f"{file} was recorded on other data than {recipe.data} in {data_root}")
+    result["data_checksum"] = data.checksum
+    groups = [missing] if device != "cpu" else [[seed] for seed in missing]
+    for group in groups:
+        run = fit(
+            recipe.make, data, epochs=recipe.epochs, batch_size=recipe.batch_size,
+            optimizer=recipe.optimizer, schedule=recipe.schedule, seeds=group, probe=PROBE,
+            device=device, progress=progress,
+        )  # fmt: skip
+        for i, seed in enumerate(group):
+            result["runs"][str(seed)] = {**_curves(run, i), **_manifest(device, run, len(group))}
+        result["runs"] = dict(sorted(result["runs"].items(), key=lambda item: int(item[0])))
+        write_json(file, result)
+    return result
+
+
+def _curves(run: Run, i: int) -> dict:
+    """The i-th seed's curves as JSON numbers; what is not a number (NaN) becomes null."""
+
+    def plain(v):
+        if isinstance(v, list):
+            return [plain(u) for u in v]
+        return round(v, 4) if math.isfinite(v) else None
+
+    names = ("train_loss", "train_accuracy", "test_accuracy", "angle", "norm")
+    return {name: plain(getattr(run, name)[i].tolist()) for name in names}
+
+
+def _manifest(device: str, run: Run, together: int) -> dict:
+    """What a number depends on beside the recipe and the seed."""
+
+    def git(*args: str) -> str:
+        done = subprocess.run(["git", "-C", ROOT, *args], capture_output=True, text=True)
+        return done.stdout.strip()
+
+    commit = git("rev-parse", "--short=12", "HEAD") or None
+    if commit and git("status", "--porcelain", "--", "bpfree"):
+        commit += "+changes"
+    cuda = torch.device(device).type == "cuda"
+    name = torch.cuda.get_device_name(device) if cuda else f"CPU, {torch.get_num_threads()} threads"
+    return {
+        "seconds": round(run.seconds, 1),
+        "seeds_together": together,
+        "device": name,
+        "machine": platform.machine(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "commit": commit,
+    }
+
+
+def final(result: dict) -> list[float]:
+    """Test accuracy (%) of each seed after its last epoch: never the best epoch's."""
+    return [run["test_accuracy"][-1] for run in result["runs"].values()]
+
+
+def spread(values: Sequence[float], digits: int = 2) -> str:
+    """'mean ± sd' with the sample standard deviation; the mean alone for one value."""
+    mean = f"{statistics.fmean(values):.{digits}f}"
+    return mean if len(values) < 2 else f"{mean} ± {statistics.stdev(values):.{digits}f}"
+
+
+def table(names: Sequence[str], folder: str | os.PathLike | None = None) -> str:
+    """Markdown table, paper beside ours, of recorded recipes; those not recorded say so."""
+    rows = ["| rule | data | network | epochs | paper, % | here, % | seeds | s per seed | device |",
+            "|---|---|---|---|---|---|---|---|---|"]  # fmt: skip
+    for name in names:
+        recipe = recipes.get(name)
+        shape = "-".join(map(str, recipe.network[1]))
+        paper = "none" if recipe.source == "this book" else recipe.paper or "not verified"
+        head = f"| {label(recipe.rule)} | {recipe.data} | {shape} | {recipe.epochs} | {paper}"
+        if not path(name, folder).exists():
+            rows.append(f"{head} | not run: `bpfree run {name}` | | | |")
+            continue
+        runs = read(name, folder)["runs"]
+        seconds = statistics.fmean(r["seconds"] / r["seeds_together"] for r in runs.values())
+        devices = ", ".join(sorted({r["device"] for r in runs.values()}))
+        accuracy = spread(final({"runs": runs}))
+        rows.append(f"{head} | {accuracy} | {len(runs)} | {seconds:.0f} | {devices} |")
+    return "\n".join(rows)

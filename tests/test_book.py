@@ -1,0 +1,184 @@
+"""The pages: notebooks that ran cleanly, files that exist, and the HTML of `make test`."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from bs4 import BeautifulSoup
+
+import bpfree
+
+ROOT = Path(__file__).resolve().parent.parent
+HTML = ROOT / "_build" / "html"
+CONFIG = yaml.safe_load((ROOT / "_config.yml").read_text())
+TOC = yaml.safe_load((ROOT / "_toc.yml").read_text())
+PAGES = [TOC["root"], *(c["file"] for part in TOC["parts"] for c in part["chapters"])]
+NOTEBOOKS = sorted((ROOT / "chapters").glob("*.ipynb"))
+ADDRESS = CONFIG["repository"]["url"]
+# the blocks of a chapter, in their order; the notation page is a reference, not a chapter
+BLOCKS = [
+    "The question", "Setup", "Notation", "Derivation", "Build it", "Check it", "Try it", "Break it",
+    "The paper and we", "Exercises", "Recap", "Reading", "Versions",
+]  # fmt: skip
+CHAPTERS = [p for p in NOTEBOOKS if not p.name.startswith("00_")]
+
+on_notebooks = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+on_chapters = pytest.mark.parametrize("path", CHAPTERS, ids=lambda p: p.stem)
+on_pages = pytest.mark.parametrize("page", PAGES)
+
+
+def cells(path: Path, kind: str) -> list[dict]:
+    found = json.loads(path.read_text())["cells"]
+    return [c for c in found if c["cell_type"] == kind and "".join(c["source"]).strip()]
+
+
+def prose(path: Path) -> str:
+    return "\n\n".join("".join(c["source"]) for c in cells(path, "markdown"))
+
+
+def test_every_notebook_is_in_the_table_of_contents():
+    assert {f"chapters/{p.stem}" for p in NOTEBOOKS} == {p for p in PAGES if p.startswith("chap")}
+
+
+@on_notebooks
+def test_every_code_cell_ran_in_order_without_error_or_stderr(path):
+    code = cells(path, "code")
+    assert [c["execution_count"] for c in code] == list(range(1, len(code) + 1))
+    outputs = [o for c in code for o in c["outputs"]]
+    assert not [o for o in outputs if o["output_type"] == "error" or o.get("name") == "stderr"]
+
+
+@on_notebooks
+def test_notebook_is_small_enough_to_open(path):
+    assert path.stat().st_size < 600_000
+
+
+@on_notebooks
+def test_bootstrap_cell_follows_the_configured_address(path):
+    first = "".join(cells(path, "code")[0]["source"])
+    assert re.findall(r'"(https?://[^"]+)"', first) == [ADDRESS]
+
+
+def test_address_is_written_in_one_place_only():
+    files = subprocess.run(
+        ["git", "grep", "-lF", ADDRESS, "--", ":!chapters/*.ipynb"],
+        cwd=ROOT, capture_output=True, text=True,
+    ).stdout.split()  # fmt: skip
+    assert files == ["_config.yml"]
+
+
+def test_bootstrap_fetches_the_library_where_it_is_missing(tmp_path):
+    """As in a fresh Colab: an empty folder, no bpfree, and git that finds the address."""
+    first = "".join(cells(NOTEBOOKS[0], "code")[0]["source"])
+    script = (
+        f"import sys; sys.path = [p for p in sys.path if p != {str(ROOT)!r}]\n{first}\n"
+        "import bpfree; print(bpfree.__file__); print(bpfree.results.path('x').parent.is_dir())"
+    )
+    env = {
+        **os.environ,
+        "GIT_CONFIG_COUNT": "2",
+        "GIT_CONFIG_KEY_0": f"url.file://{ROOT}.insteadOf",
+        "GIT_CONFIG_VALUE_0": ADDRESS,
+        "GIT_CONFIG_KEY_1": "safe.directory",
+        "GIT_CONFIG_VALUE_1": "*",
+    }
+    env.pop("PYTHONPATH", None)
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=tmp_path, env=env, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == [str(tmp_path / "bpfree-book/bpfree/__init__.py"), "True"]
+
+
+@on_chapters
+def test_chapter_has_its_blocks_in_order(path):
+    headings = re.findall(r"^## (.+?)\s*$", prose(path), flags=re.M)
+    assert [h for h in headings if h in BLOCKS] == BLOCKS
+    assert ":::{admonition} At a glance" in prose(path)
+
+
+@on_chapters
+def test_chapter_has_six_solved_exercises_and_a_project(path):
+    text = prose(path)
+    exercises = set(re.findall(r":::+\{exercise(?:-start)?\}[^:]*?:label: (\S+)", text, flags=re.S))
+    solutions = set(re.findall(r":::+\{solution(?:-start)?\} (\S+)", text))
+    assert solutions <= exercises
+    assert len(solutions) >= 6
+    assert len(exercises - solutions) >= 1  # the project has no published answer
+
+
+@on_notebooks
+def test_prose_types_no_number_of_a_chapter_figure_or_theorem(path):
+    typed = re.findall(r"\b(?:[Cc]hapter|[Ff]igure|[Tt]heorem|[Ss]ection) \d+", prose(path))
+    assert not typed
+
+
+@on_notebooks
+def test_referenced_files_exist(path):
+    targets = re.findall(r"\]\(([^)#]+)\)|\{(?:image|figure)\} (\S+)", prose(path))
+    local = [
+        a or b for a, b in targets if "://" not in (a or b) and not (a or b).startswith("mailto")
+    ]
+    assert [t for t in local if not (path.parent / t).exists()] == []
+
+
+def test_every_figure_of_a_cell_has_caption_and_alternative_text():
+    bare = []
+    for path in NOTEBOOKS:
+        for i, cell in enumerate(cells(path, "code")):
+            data = [o.get("data", {}) for o in cell["outputs"]]
+            if any(k.startswith("image/") for d in data for k in d):
+                look = cell["metadata"].get("mystnb", {})
+                if not (look.get("figure", {}).get("caption") and look.get("image", {}).get("alt")):
+                    bare.append(f"{path.name}, code cell {i}")
+    assert bare == []
+
+
+@on_pages
+def test_page_is_built_and_holds_its_title_and_mathematics(page):
+    file = HTML / f"{page}.html"
+    assert file.exists(), f"{file} was not built"
+    soup = BeautifulSoup(file.read_text(), "html.parser")
+    source = next(p for p in (ROOT / f"{page}.ipynb", ROOT / f"{page}.md") if p.exists())
+    text = prose(source) if source.suffix == ".ipynb" else source.read_text()
+    title = re.search(r"^# (.+)$", text, flags=re.M).group(1).strip()
+    heading = soup.find("h1").get_text().rstrip("#").strip()
+    assert heading.endswith(title)
+    assert len(soup.find_all("div", class_="math")) >= text.count("$$") // 2
+    last = re.findall(r"^## (.+)$", text, flags=re.M)[-1:]
+    assert all(any(h in tag.get_text() for tag in soup.find_all("h2")) for h in last)
+
+
+@on_pages
+def test_page_has_no_broken_image_or_local_link(page):
+    file = HTML / f"{page}.html"
+    soup = BeautifulSoup(file.read_text(), "html.parser")
+    targets = [t["src"] for t in soup.find_all("img")]
+    targets += [t["href"] for t in soup.find_all("a", href=True)]
+    local = {t.split("#")[0] for t in targets if not re.match(r"[a-z]+:|//|#|data:", t)} - {""}
+    assert [t for t in local if not (file.parent / t).resolve().exists()] == []
+
+
+def test_pages_typeset_mathematics_without_a_network():
+    html = (HTML / f"{PAGES[1]}.html").read_text()
+    scripts = [s["src"] for s in BeautifulSoup(html, "html.parser").find_all("script", src=True)]
+    mathjax = [s for s in scripts if "mathjax" in s.lower()]
+    assert mathjax
+    assert not [s for s in mathjax if "://" in s]
+
+
+def test_recorded_results_are_of_the_recipes_of_today():
+    import dataclasses
+
+    stale = []
+    for name, recipe in bpfree.recipes.RECIPES.items():
+        if bpfree.results.path(name).exists():
+            today = json.loads(json.dumps(dataclasses.asdict(recipe)))
+            if bpfree.results.read(name)["recipe"] != today:
+                stale.append(name)
+    assert stale == []

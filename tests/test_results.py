@@ -1,0 +1,171 @@
+"""Recipes, recorded results and the command line, on digits and in a temporary folder."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+
+from bpfree import cli, recipes, results
+from bpfree.recipes import Recipe
+
+SMALL = Recipe(
+    name="small",
+    data="digits",
+    network=("mlp", (64, 16, 10), {"dropout": 0.1}),
+    rule="FeedbackAlignment",
+    options={"feedback_scale": 0.5},
+    epochs=2,
+    lr=0.1,
+    seeds=(0, 1),
+    milestones=(1,),
+)
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    monkeypatch.setitem(recipes.RECIPES, "small", SMALL)
+    return tmp_path
+
+
+def run(folder, *args):
+    return cli.main(["run", "small", "--quiet", "--results", str(folder), *args])
+
+
+def test_every_recipe_builds_its_rule_and_forward_pass():
+    for recipe in recipes.RECIPES.values():
+        rule = recipe.make(torch.Generator().manual_seed(0))
+        x = torch.rand(2, *rule.net.input_shape)
+        assert rule.net(x).shape == (2, rule.net.num_classes)
+        assert recipe.optimizer(rule.net.parameters()).defaults["lr"] == recipe.lr
+
+
+def test_schedule_divides_the_rate_by_ten_at_each_milestone():
+    recipe = dataclasses.replace(SMALL, milestones=(2, 3))
+    assert [recipe.schedule(e) for e in range(5)] == pytest.approx([1, 1, 0.1, 0.01, 0.01])
+
+
+def test_run_records_curves_and_manifest_of_each_seed(folder):
+    assert run(folder) == 0
+    result = results.read("small", folder)
+    assert list(result["runs"]) == ["0", "1"]
+    one = result["runs"]["0"]
+    assert len(one["test_accuracy"]) == len(one["train_loss"]) == SMALL.epochs
+    assert len(one["angle"]) == SMALL.epochs + 1
+    assert one["angle"][0][-1] == 0  # the last block's update is backprop's
+    assert {"seconds", "device", "torch", "python", "commit"} <= set(one)
+    assert len(result["data_checksum"]) == 64
+
+
+def test_recorded_seeds_are_not_trained_again_and_new_ones_are_added(folder):
+    run(folder, "--seeds", "1")
+    before = results.read("small", folder)["runs"]["1"]
+    run(folder, "--seeds", "0:3")
+    runs = results.read("small", folder)["runs"]
+    assert list(runs) == ["0", "1", "2"]
+    assert runs["1"] == before
+    assert runs["0"]["train_loss"] != runs["1"]["train_loss"]
+
+
+def test_same_seed_gives_the_same_record(folder, tmp_path_factory):
+    other = tmp_path_factory.mktemp("other")
+    run(folder, "--seeds", "0")
+    run(other, "--seeds", "0")
+    a, b = (results.read("small", f)["runs"]["0"] for f in (folder, other))
+    assert {k: v for k, v in a.items() if k != "seconds"} == {
+        k: v for k, v in b.items() if k != "seconds"
+    }
+
+
+def test_file_of_other_settings_is_refused_and_left_alone(folder, monkeypatch, capsys):
+    run(folder, "--seeds", "0")
+    before = results.path("small", folder).read_bytes()
+    monkeypatch.setitem(recipes.RECIPES, "small", dataclasses.replace(SMALL, lr=0.2))
+    assert run(folder, "--seeds", "0:2") == 2
+    message = capsys.readouterr().err
+    assert "lr=0.1" in message
+    assert "0.2" in message
+    assert results.path("small", folder).read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    "content", ["", "{", "[]", '{"format": "another"}', '{"a": 1}', "\x00\xff"]
+)
+def test_file_that_is_not_ours_is_named_and_left_alone(folder, capsys, content):
+    file = results.path("small", folder)
+    file.write_text(content)
+    assert run(folder) == 2
+    message = capsys.readouterr().err
+    assert str(file) in message
+    assert "not a result of bpfree" in message
+    assert file.read_text() == content
+
+
+def test_result_of_another_recipe_is_refused(folder):
+    run(folder, "--seeds", "0")
+    results.path("small", folder).rename(results.path("mnist-fc-bp", folder))
+    with pytest.raises(ValueError, match=r"holds the recipe 'small', not 'mnist-fc-bp'"):
+        results.read("mnist-fc-bp", folder)
+
+
+def test_write_that_fails_leaves_the_old_file_whole(tmp_path):
+    file = tmp_path / "x.json"
+    results.write_json(file, {"a": 1})
+    with pytest.raises(ValueError):
+        results.write_json(file, {"a": float("nan")})
+    assert json.loads(file.read_text()) == {"a": 1}
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def test_undefined_angles_are_null_not_nan(folder, monkeypatch):
+    monkeypatch.setitem(
+        recipes.RECIPES, "small", dataclasses.replace(SMALL, rule="Frozen", options={})
+    )
+    run(folder, "--seeds", "0")
+    assert results.read("small", folder)["runs"]["0"]["angle"][0] == [None, 0]
+
+
+def test_list_and_report_show_what_is_recorded_and_what_is_missing(folder, capsys):
+    run(folder, "--seeds", "0:2")
+    final = [r["test_accuracy"][-1] for r in results.read("small", folder)["runs"].values()]
+    capsys.readouterr()
+    assert cli.main(["list", "--results", str(folder)]) == 0
+    listed = capsys.readouterr().out
+    assert "seeds 0, 1" in listed
+    assert "not recorded" in listed
+    assert cli.main(["report", "small", "mnist-fc-bp", "--results", str(folder)]) == 0
+    report = capsys.readouterr().out
+    assert f"{sum(final) / 2:.2f} ± {torch.tensor(final).std().item():.2f}" in report
+    assert "not run: `bpfree run mnist-fc-bp`" in report
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (["run", "mnist-fc-bb"], ["'mnist-fc-bb'", "mnist-fc-bp"]),
+        (["report", "nothing"], ["'nothing'"]),
+        (["run", "mnist-fc-bp", "--data", "/nowhere"], ["/nowhere", "download=True"]),
+    ],
+)
+def test_mistakes_are_one_clear_error(args, words, tmp_path, capsys):
+    assert cli.main([*args, "--results", str(tmp_path)]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert all(word in captured.err for word in words)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("seeds", ["3:1", "a", "", "0,x", "-1"])
+def test_malformed_seeds_are_refused(seeds, capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["run", "mnist-fc-bp", f"--seeds={seeds}"])
+    assert repr(seeds) in capsys.readouterr().err
+
+
+def test_tuned_rates_are_the_best_of_the_recorded_grid():
+    grid = json.loads(results.path("tuning-mnist-fc").read_text())["grid"]
+    for name in {row["recipe"] for row in grid}:
+        rows = [row for row in grid if row["recipe"] == name and row["accuracy"] is not None]
+        best = max(rows, key=lambda row: row["accuracy"])
+        recipe = recipes.get(name)
+        assert (recipe.lr, recipe.options) == (best["lr"], best["options"]), name
