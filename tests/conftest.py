@@ -1,0 +1,53 @@
+"""Fixtures of all tests: small problems in float64, the digits, one thread, fixed examples."""
+
+import dataclasses
+
+import pytest
+import torch
+from hypothesis import Phase, settings
+from oracles import PROBLEMS, Problem, conv_problem, mlp_problem
+
+import bpfree
+
+torch.set_num_threads(1)
+settings.register_profile(
+    "book", deadline=None, derandomize=True, max_examples=25, database=None, print_blob=False
+)
+settings.register_profile(
+    "mutants", settings.get_profile("book"), phases=[Phase.explicit, Phase.generate]
+)
+settings.load_profile("book")
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    """What a test draws from the global generator is the same in every run."""
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def mlp() -> Problem:
+    return mlp_problem()
+
+
+@pytest.fixture
+def convnet() -> Problem:
+    return conv_problem()
+
+
+@pytest.fixture(params=PROBLEMS)
+def either(request) -> Problem:
+    """An MLP and a convnet, both with biases."""
+    return PROBLEMS[request.param]()
+
+
+@pytest.fixture(scope="session")
+def digits() -> bpfree.data.Data:
+    return bpfree.load("digits")
+
+
+@pytest.fixture(scope="session")
+def few_digits(digits) -> bpfree.data.Data:
+    """100 images to train on and 30 to test on."""
+    few = {"train_x": 100, "train_y": 100, "test_x": 30, "test_y": 30}
+    return dataclasses.replace(digits, **{k: getattr(digits, k)[:n] for k, n in few.items()})

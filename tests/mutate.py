@@ -1,0 +1,184 @@
+"""One-line defects that the tests must catch: ``python tests/mutate.py``, run by ``make test``.
+
+Each mutant is a copy of the package with one defect, tested by the narrow test named beside it.
+Exit status 1 if a mutant survives, if the tests fail without a defect, or if the text to be
+changed no longer occurs exactly once in its file.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import multiprocessing
+import shutil
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+
+TESTS = Path(__file__).resolve().parent
+PACKAGE = TESTS.parent / "bpfree"
+PROCESSES = 2
+# nbval takes seconds to import, and examples that fail need not be made smaller
+OPTIONS = ["-x", "-p", "no:cacheprovider", "-p", "no:nbval", "--hypothesis-profile=mutants"]
+
+
+class Mutant(NamedTuple):
+    file: str  # in the package
+    old: str  # occurs exactly once in the file
+    new: str
+    reason: str
+    test: str  # file::test that must fail
+
+
+MUTANTS = [
+    # ---- the signal ----
+    Mutant("rules/feedback.py", 'return state[f"B{l}"]',
+           'return state[f"B{l}"].T.reshape(state[f"B{l}"].shape)', "transposed feedback",
+           "test_feedback.py::test_signals_and_gradients_of_an_mlp_are_the_equations"),
+    Mutant("rules/feedback.py", 'return state[f"B{l}"]', 'return getattr(self, f"B{l}")',
+           "stale feedback: the rule's own, not the state's",
+           "test_rule.py::test_update_reads_only_the_weights_and_feedback_it_is_given"),
+    Mutant("rules/backprop.py", 'return params[f"{l - 1}.linear.weight"]',
+           "return self.net[l - 1].linear.weight", "stale weights: the module's own",
+           "test_rule.py::test_update_reads_only_the_weights_and_feedback_it_is_given"),
+    Mutant("rules/backprop.py", "lower.local_vjp(v, trace[l - 2])", "v",
+           "missing derivative in the chain",
+           "test_feedback.py::test_signals_and_gradients_of_an_mlp_are_the_equations"),
+    Mutant("rules/feedback.py", "block.local_vjp(v, t)", "v", "missing derivative of a broadcast",
+           "test_feedback.py::test_signals_and_gradients_of_an_mlp_are_the_equations"),
+    Mutant("rule.py", "log_p.exp() - target", "target - log_p.exp()", "wrong sign of the error",
+           "test_measure.py::test_alignment_is_the_angle_and_the_ratio_of_the_weight_gradients"),
+    Mutant("rules/feedback.py", "return target", "return error", "DRTP sends the error",
+           "test_feedback.py::test_drtp_hidden_signals_do_not_know_the_error"),
+    Mutant("rules/feedback.py", 'torch.sign(params[f"{l - 1}.linear.weight"])',
+           'params[f"{l - 1}.linear.weight"]', "sign symmetry without sign",
+           "test_equivalence.py::test_sign_symmetry_with_the_weights_magnitudes_is_backprop"),
+    Mutant("rules/falsifiers.py", "delta.roll(1, 0)", "delta", "shuffled signals in their places",
+           "test_feedback.py::test_shuffling_gives_each_sample_the_hidden_signal_of_another"),
+    Mutant("block.py", "v = v * t.mask", "pass", "dropout mask forgotten in the local derivative",
+           "test_feedback.py::test_signals_and_gradients_under_dropout_are_the_equations"),
+    Mutant("block.py", "torch.func.vjp(self.pool, t.z)", "torch.func.vjp(self.pool, t.a)",
+           "max-pooling routes by pre-activations",
+           "test_network.py::test_local_vjp_is_autograd_through_phi"),
+    # ---- the gradient ----
+    Mutant("rule.py", "block.outer(delta / len(x), r)",
+           "block.outer(delta / (len(x) if l == len(signals) - 1 else 1), r)",
+           "hidden signal not divided by the batch",
+           "test_equivalence.py::test_T12_a_batchs_gradient_is_the_mean_of_its_samples_gradients"),
+    Mutant("rule.py", "if p.grad is None else", "if True else", "gradient overwritten",
+           "test_rule.py::test_two_backward_calls_accumulate_the_sum_of_both[mlp-backprop]"),
+    Mutant("rule.py", "if p.requires_grad:", "if True:", "frozen parameters get gradients",
+           "test_rule.py::test_backward_leaves_parameters_that_need_no_gradient_alone"),
+    Mutant("rules/feedback.py", "return {f\"rule.B{l}\": ", "return {f\"rule.B{l}\": 0 * ",
+           "Kolen-Pollack's feedback learns nothing", "test_equivalence.py::"
+           "test_T2_kolen_pollack_feedback_approaches_the_weights_at_the_rate_of_the_decay"),
+    # ---- feedback and its options ----
+    Mutant("rules/feedback.py", "_like_weight(weight, feedback_scale, generator))\n\n    def feedb",
+           "_like_weight(weight, feedback_scale, generator), persistent=False)\n\n    def feedb",
+           "feedback left out of state_dict",
+           "test_feedback.py::test_what_is_fixed_is_a_buffer_and_what_learns_is_a_parameter"),
+    Mutant("rules/feedback.py", "feedback_scale * math.sqrt(6 / size)", "math.sqrt(6 / size)",
+           "an option without effect",
+           "test_feedback.py::test_halving_the_scale_halves_the_signal_below_the_output"),
+    Mutant("rules/feedback.py", 'if magnitude == "fixed":', "if False:",
+           "an option that falls through to the other",
+           "test_feedback.py::test_magnitude_changes_the_hidden_gradients_in_size_and_direction"),
+    Mutant("network.py", "torch.rand(shape, generator=generator, device=device) * 2",
+           "torch.rand(shape, device=device) * 2", "weights from the global generator",
+           "test_network.py::test_initial_weights_come_from_the_given_generator_alone"),
+    # ---- networks ----
+    Mutant("network.py", "keep / (1 - block.dropout)", "keep", "dropout not rescaled",
+           "test_network.py::test_masks_are_zero_or_the_inverse_keep_probability"),
+    Mutant("network.py", "if self.training and block.dropout:", "if block.dropout:",
+           "dropout in evaluation mode",
+           "test_network.py::test_there_are_no_masks_in_evaluation_mode_or_without_dropout"),
+    Mutant("block.py", 'if linear.padding_mode != "zeros":', "if False:",
+           "reflect padding becomes zeros without a word",
+           "test_network.py::test_a_misuse_is_refused_and_the_given_value_named[padding mode]"),
+    Mutant("rule.py", "high >= net.num_classes", "high > net.num_classes",
+           "a label that is no class is accepted",
+           "test_rule.py::test_a_bad_batch_is_refused_by_name_and_changes_nothing"),
+    # ---- training, measures, data ----
+    Mutant("train.py", "[torch.Generator().manual_seed(seed) for seed in group]",
+           "[torch.Generator().manual_seed(group[0])] * len(group)", "seeds share a generator",
+           "test_train.py::test_the_order_of_seeds_does_not_matter"),
+    Mutant("train.py", "p.copy_(params[name][s])", "p.copy_(params[name][0])",
+           "every seed gets the first one's weights",
+           "test_train.py::test_the_order_of_seeds_does_not_matter"),
+    Mutant("train.py", "plan.step()", "pass", "schedule without effect",
+           "test_train.py::test_the_schedule_is_asked_once_per_epoch"),
+    Mutant("measure.py", "2 * torch.atan2((u - v).norm(), (u + v).norm())",
+           "torch.acos((u * v).sum().clamp(-1, 1))", "small angles lose their digits",
+           "test_measure.py::test_tiny_angles_keep_their_digits"),
+    Mutant("data.py", "if not check_integrity(path, md5):", "if False:",
+           "damaged files are read", "test_data.py::test_a_damaged_file_is_named_and_not_loaded"),
+]  # fmt: skip
+
+
+def run(mutant: Mutant | None) -> tuple[str, float]:
+    """Verdict and seconds of one mutant; for None, of the package as it is on every test.
+
+    Runs in a process of its own, which must not have imported the package before.
+    """
+    start = time.perf_counter()
+    with tempfile.TemporaryDirectory(prefix="bpfree-mutant-") as folder:
+        copy = Path(folder).resolve() / "bpfree"
+        shutil.copytree(PACKAGE, copy, ignore=shutil.ignore_patterns("__pycache__"))
+        if mutant:
+            path = copy / mutant.file
+            source = path.read_text()
+            if (times := source.count(mutant.old)) != 1:
+                return f"STALE: the old text occurs {times} times", 0.0
+            path.write_text(source.replace(mutant.old, mutant.new))
+        tests = [mutant.test] if mutant else sorted({m.test for m in MUTANTS})
+        sys.path.insert(0, str(copy.parent))
+        output = io.StringIO()
+        with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
+            status = pytest.main([*OPTIONS, *(str(TESTS / test) for test in tests)])
+        tested = Path(sys.modules["bpfree"].__file__).parent if "bpfree" in sys.modules else None
+    seconds = time.perf_counter() - start
+    expected = pytest.ExitCode.TESTS_FAILED if mutant else pytest.ExitCode.OK
+    if tested == copy and status == expected:
+        return ("caught" if mutant else "passes"), seconds
+    if tested == copy and mutant and status == pytest.ExitCode.OK:
+        return "SURVIVED", seconds
+    return f"BROKEN, tested {tested}:\n{output.getvalue()}", seconds
+
+
+def warm_up() -> None:
+    """Import here, once, what every child needs and PyTorch imports late."""
+    import hypothesis  # noqa: F401
+    import sklearn.datasets  # noqa: F401
+    import torchvision  # noqa: F401
+
+    torch.set_num_threads(1)
+    torch.nn.Linear(1, 1, device="meta")(torch.empty(1, 1, device="meta"))
+    torch.vmap(torch.sin)(torch.ones(1))
+    torch.optim.SGD([torch.ones(1)]).step()
+
+
+def main() -> int:
+    start = time.perf_counter()
+    forks = "fork" in multiprocessing.get_all_start_methods()
+    context = multiprocessing.get_context("fork" if forks else "spawn")
+    if forks:
+        warm_up()
+    with context.Pool(PROCESSES, maxtasksperchild=1) as pool:
+        (verdict, seconds), *results = pool.map(run, [None, *MUTANTS], chunksize=1)
+    print(f"{verdict:9}{seconds:5.1f} s  without a defect")
+    good = verdict == "passes"
+    for mutant, (verdict, seconds) in zip(MUTANTS, results, strict=True):
+        good &= verdict == "caught"
+        print(f"{verdict:9}{seconds:5.1f} s  {mutant.file:20} {mutant.reason:52} {mutant.test}")
+    caught = sum(verdict == "caught" for verdict, _ in results)
+    print(f"{caught} of {len(MUTANTS)} caught in {time.perf_counter() - start:.0f} s")
+    return 0 if good else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

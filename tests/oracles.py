@@ -1,0 +1,317 @@
+"""What the library is tested against: the book's equations on plain tensors, and small problems.
+
+Nothing here calls the code under test except to build networks and rules. Signals follow the
+table of rules; derivatives come from closed forms, or from autograd on one block cut out of its
+chain, never from ``Block.local_vjp`` or ``Block.outer``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import contextmanager
+from functools import partial
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+import bpfree
+
+# every rule with every option that changes its signal; the keys are the tests' ids
+RULES: dict[str, Callable[..., bpfree.Rule]] = {
+    "backprop": bpfree.Backprop,
+    "fa": bpfree.FeedbackAlignment,
+    "sign-unit": partial(bpfree.SignSymmetry, scale=0.7),
+    "sign-fixed": partial(bpfree.SignSymmetry, magnitude="fixed"),
+    "kp": bpfree.KolenPollack,
+    "dfa": bpfree.DirectFeedbackAlignment,
+    "drtp": bpfree.DRTP,
+    "frozen": bpfree.Frozen,
+}
+# those with feedback of their own: random draws that differ from one generator to another
+WITH_FEEDBACK = ("fa", "sign-fixed", "kp", "dfa", "drtp")
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "identity": lambda a: a * 1,
+    "relu": lambda a: a.clamp(min=0),
+    "tanh": lambda a: a.sinh() / a.cosh(),
+    "sigmoid": lambda a: 1 / (1 + torch.exp(-a)),
+}
+
+
+class Problem(NamedTuple):
+    """A network in float64 with one batch that fits it."""
+
+    net: bpfree.Network
+    x: Tensor
+    y: Tensor
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def batch_for(net: bpfree.Network, size: int, seed: int = 1) -> tuple[Tensor, Tensor]:
+    """Gaussian inputs of the weights' dtype and random labels."""
+    g = generator(seed)
+    x = torch.randn(size, *net.input_shape, generator=g, dtype=torch.float64)
+    y = torch.randint(net.num_classes, (size,), generator=g)
+    return x.to(net.weights()[0].dtype), y
+
+
+def problem(net: bpfree.Network, size: int = 5, seed: int = 1) -> Problem:
+    """The network in float64, its biases no longer zero, with a batch."""
+    net, g = net.double(), generator(seed + 100)
+    with torch.no_grad():
+        for block in net:
+            if block.linear.bias is not None:
+                block.linear.bias.copy_(torch.randn(block.linear.bias.shape, generator=g) / 3)
+    return Problem(net, *batch_for(net, size, seed))
+
+
+def mlp_problem(*sizes: int, size: int = 5, seed: int = 0, **options) -> Problem:
+    sizes, options = sizes or (7, 6, 5, 4), {"activation": "tanh", "bias": True} | options
+    return problem(bpfree.mlp(*sizes, generator=generator(seed), **options), size, seed + 1)
+
+
+def conv_problem(size: int = 5, seed: int = 0, **options) -> Problem:
+    """Two convolutions with max-pooling, then two fully connected blocks; no two widths equal."""
+    options = {"activation": "tanh", "bias": True} | options
+    net = bpfree.convnet(
+        (2, 8, 9), (3, 4), (6,), num_classes=5, generator=generator(seed), **options
+    )
+    return problem(net, size, seed + 1)
+
+
+PROBLEMS = {"mlp": mlp_problem, "convnet": conv_problem}
+
+
+def sibling(net: bpfree.Network, seed: int = 0) -> bpfree.Network:
+    """A default problem's network of the same shapes, with the weights of another seed."""
+    return PROBLEMS["convnet" if net[0].is_conv else "mlp"](seed=seed).net
+
+
+@contextmanager
+def global_generator_untouched():
+    before = torch.random.get_rng_state()
+    yield
+    assert torch.equal(torch.random.get_rng_state(), before), "drew from the global generator"
+
+
+def copies(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: t.detach().clone() for name, t in tensors.items()}
+
+
+def update_of(rule: bpfree.Rule, x: Tensor, y: Tensor, **options) -> bpfree.Update:
+    """The rule's update with its own weights and feedback."""
+    return rule.update(rule.params(), rule.state(), x, y, **options)
+
+
+def assert_same(ours: dict[str, Tensor], theirs: dict[str, Tensor], **tolerance) -> None:
+    torch.testing.assert_close(ours, theirs, **tolerance)
+
+
+def relative_error(ours: Tensor, theirs: Tensor) -> float:
+    return float((ours - theirs).norm() / theirs.norm())
+
+
+def hidden_weights(net: bpfree.Network) -> list[str]:
+    """Names of W_1 .. W_{L-1}, as in ``Update.grads``."""
+    return [f"{l}.linear.weight" for l in range(len(net) - 1)]
+
+
+# ---- the forward pass and backprop, by plain PyTorch ------------------------------------------
+
+
+def plain_activation(block: bpfree.Block, a: Tensor) -> Tensor:
+    return ACTIVATIONS[block.activation](a) if block.activation in ACTIVATIONS else (
+        block.activation(a))  # fmt: skip
+
+
+def plain_phi(block: bpfree.Block, a: Tensor, mask: Tensor | None) -> Tensor:
+    """dropout(pool(activation(a)))."""
+    z = plain_activation(block, a)
+    h = z if block.pool is None else block.pool(z)
+    return h if mask is None else h * mask
+
+
+def plain_logits(net: bpfree.Network, x: Tensor, masks: dict[int, Tensor] | None = None) -> Tensor:
+    for l, block in enumerate(net, 1):
+        x = x if isinstance(block.linear, nn.Conv2d) else x.reshape(len(x), -1)
+        x = plain_phi(block, block.linear(x), (masks or {}).get(l))
+    return x
+
+
+def autograd_grads(
+    net: bpfree.Network, x: Tensor, y: Tensor, masks: dict[int, Tensor] | None = None
+) -> dict[str, Tensor]:
+    loss = F.cross_entropy(plain_logits(net, x, masks), y)
+    return dict(
+        zip(dict(net.named_parameters()), torch.autograd.grad(loss, net.parameters()), strict=True)
+    )
+
+
+def error_and_target(logits: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """e = softmax - y and the one-hot y."""
+    p = logits.exp() / logits.exp().sum(1, keepdim=True)
+    target = torch.eye(logits.shape[1], dtype=logits.dtype)[y]
+    return p - target, target
+
+
+# ---- the rules on a tanh network of three blocks, every equation written out -------------------
+
+
+def written_out(
+    name: str, net: bpfree.Network, fixed: dict[str, Tensor], x: Tensor, y: Tensor
+) -> tuple[list[Tensor], dict[str, Tensor]]:
+    """Teaching signals [delta_1, delta_2, delta_3] and gradients of a fully connected network."""
+    (W1, b1), (W2, b2), (W3, b3) = ((k.linear.weight, k.linear.bias) for k in net)
+    with torch.no_grad():
+        h1 = torch.tanh(x @ W1.T + b1)
+        h2 = torch.tanh(h1 @ W2.T + b2)
+        e, t = error_and_target(h2 @ W3.T + b3, y)
+        slope1, slope2 = 1 - h1**2, 1 - h2**2
+
+        def descend(M3: Tensor, M2: Tensor) -> list[Tensor]:
+            delta2 = (e @ M3) * slope2
+            return [(delta2 @ M2) * slope1, delta2, e]
+
+        def broadcast(sent: Tensor) -> list[Tensor]:
+            return [(sent @ fixed["D1"]) * slope1, (sent @ fixed["D2"]) * slope2, e]
+
+        if name == "backprop":
+            deltas = descend(W3, W2)
+        elif name in ("fa", "kp"):
+            deltas = descend(fixed["B3"], fixed["B2"])
+        elif name.startswith("sign"):
+            deltas = descend(W3.sign() * fixed["S3"], W2.sign() * fixed["S2"])
+        elif name == "dfa":
+            deltas = broadcast(e)
+        elif name == "drtp":
+            deltas = broadcast(t)
+        else:
+            deltas = [0 * h1, 0 * h2, e]
+        grads = {}
+        for l, (delta, r) in enumerate(zip(deltas, (x, h1, h2), strict=True)):
+            grads[f"{l}.linear.weight"] = torch.einsum("bi,bj->ij", delta, r) / len(x)
+            grads[f"{l}.linear.bias"] = delta.mean(0)
+        if name == "kp":
+            grads |= {"rule.B2": grads["1.linear.weight"], "rule.B3": grads["2.linear.weight"]}
+    return deltas, grads
+
+
+# ---- the rules on any chain, each block cut out and differentiated alone -----------------------
+
+
+class Cut:
+    """One block whose input and pre-activation are leaves: autograd sees phi or W alone."""
+
+    def __init__(self, block: bpfree.Block, h: Tensor, mask: Tensor | None):
+        conv = isinstance(block.linear, nn.Conv2d)
+        self.block, self.like = block, h
+        self.r = h if conv else h.reshape(len(h), -1)
+        self.a = block.linear(self.r).detach().requires_grad_()
+        self.h = plain_phi(block, self.a, mask)
+
+    def slope_times(self, v: Tensor) -> Tensor:
+        """phi' * v."""
+        return torch.autograd.grad(self.h, self.a, v.reshape(self.h.shape), retain_graph=True)[0]
+
+    def carry(self, delta: Tensor, matrix: Tensor) -> Tensor:
+        """delta M: the linear map with M in the place of W, transposed by autograd."""
+        r = torch.zeros_like(self.r).requires_grad_()
+        a = torch.func.functional_call(self.block.linear, {"weight": matrix}, (r,))
+        return torch.autograd.grad(a, r, delta)[0].reshape(self.like.shape)
+
+    def gradients(self, delta: Tensor) -> dict[str, Tensor]:
+        """delta^T r / B for the weight, the mean of delta for the bias."""
+        parameters = dict(self.block.linear.named_parameters())
+        a = self.block.linear(self.r)
+        grads = torch.autograd.grad(a, parameters.values(), delta / len(delta))
+        return dict(zip(parameters, grads, strict=True))
+
+
+def block_by_block(
+    name: str,
+    net: bpfree.Network,
+    fixed: dict[str, Tensor],
+    x: Tensor,
+    y: Tensor,
+    masks: dict[int, Tensor] | None = None,
+) -> tuple[list[Tensor], dict[str, Tensor]]:
+    """Teaching signals [delta_1 .. delta_L] and gradients of any chain of blocks."""
+    cuts, h, L = {}, x, len(net)
+    for l, block in enumerate(net, 1):
+        cuts[l] = Cut(block, h, (masks or {}).get(l))
+        h = cuts[l].h.detach()
+    e, t = error_and_target(h, y)
+    W = {l: block.linear.weight.detach() for l, block in enumerate(net, 1)}
+    deltas = {L: e}
+    for l in range(L - 1, 0, -1):
+        above = cuts[l + 1]
+        if name in ("dfa", "drtp"):
+            v = (e if name == "dfa" else t) @ fixed[f"D{l}"]
+        elif name in ("fa", "kp"):
+            v = above.carry(deltas[l + 1], fixed[f"B{l + 1}"])
+        elif name.startswith("sign"):
+            v = above.carry(deltas[l + 1], W[l + 1].sign() * fixed[f"S{l + 1}"])
+        else:
+            v = above.carry(deltas[l + 1], W[l + 1]) * (0 if name == "frozen" else 1)
+        deltas[l] = cuts[l].slope_times(v)
+    grads = {
+        f"{l - 1}.linear.{key}": grad
+        for l in cuts
+        for key, grad in cuts[l].gradients(deltas[l]).items()
+    }
+    if name == "kp":
+        grads |= {f"rule.B{l}": grads[f"{l - 1}.linear.weight"] for l in range(2, L + 1)}
+    return [deltas[l] for l in cuts], grads
+
+
+# ---- random problems for property tests --------------------------------------------------------
+
+seeds = st.integers(0, 2**16)
+smooth = st.sampled_from(["identity", "tanh", "sigmoid", torch.sin, F.elu])
+activations = st.one_of(st.just("relu"), smooth)
+
+
+@st.composite
+def mlps(draw, depth=(1, 4), activation=activations) -> Problem:
+    depth = draw(st.integers(*depth))
+    sizes = draw(st.lists(st.integers(1, 6), min_size=depth, max_size=depth))
+    classes = draw(st.integers(2, 5))
+    return mlp_problem(
+        *sizes, classes, size=draw(st.integers(1, 5)), seed=draw(seeds),
+        activation=draw(activation), bias=draw(st.booleans()),
+    )  # fmt: skip
+
+
+@st.composite
+def convnets(draw, activation=activations, linear_only: bool = False) -> Problem:
+    """One or two convolutions of any geometry, perhaps pooled, then one or two linear blocks."""
+    act, bias, seed = draw(activation), draw(st.booleans()), draw(seeds)
+    groups = draw(st.sampled_from([1, 2]))
+    shape = (2, draw(st.integers(5, 7)), draw(st.integers(5, 7)))
+    pools = [None, nn.AvgPool2d(2)] + ([] if linear_only else [nn.MaxPool2d(2)])
+    first = nn.utils.skip_init(
+        nn.Conv2d, 2, 4, draw(st.integers(1, 3)), stride=draw(st.integers(1, 2)),
+        padding=draw(st.integers(1, 2)), dilation=draw(st.integers(1, 2)), groups=groups, bias=bias,
+    )  # fmt: skip
+    blocks = [bpfree.Block(first, act, draw(st.sampled_from(pools)))]
+    if draw(st.booleans()):
+        second = nn.utils.skip_init(nn.Conv2d, 4, 3, 2, padding=1, groups=1, bias=bias)
+        blocks.append(bpfree.Block(second, act))
+    trunk = bpfree.Network(*blocks, input_shape=shape)
+    features = int(torch.Size(trunk.shapes[-1]).numel())
+    widths = draw(st.sampled_from([(features, 3), (features, 5, 4)]))
+    head = bpfree.mlp(*widths, activation=act, bias=bias, generator=generator(seed))
+    g = generator(seed)
+    with torch.no_grad():
+        for weight in trunk.weights():
+            weight.copy_(torch.randn(weight.shape, generator=g) / 2)
+    return problem(bpfree.Network(*blocks, *head, input_shape=shape), draw(st.integers(1, 3)), seed)
+
+
+problems = st.one_of(mlps(), convnets())
