@@ -7,7 +7,7 @@ import math
 import sys
 import time
 
-from . import recipes, results
+from . import bench, recipes, results
 from .train import OutOfTime
 
 
@@ -60,6 +60,10 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--results", **folder)
     run.add_argument("--quiet", action="store_true", help="no progress bar")
 
+    time = commands.add_parser("bench", help="step times and memory of each rule beside autograd")
+    time.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
+    time.add_argument("--results", **folder)
+
     report = commands.add_parser("report", help="the table of the paper's numbers and ours")
     report.add_argument("names", nargs="*", **names)
     report.add_argument("--results", **folder)
@@ -99,11 +103,16 @@ def _report(args: argparse.Namespace) -> None:
     print(results.table(args.names or list(recipes.RECIPES), args.results))
 
 
+def _bench(args: argparse.Namespace) -> None:
+    print(bench.table(bench.run(args.device, args.results)))
+
+
 def main(argv: list[str] | None = None) -> int:
     """Entry point. Exit status 2: a mistake or a full disk, told in one line; 3: out of time."""
     args = _parser().parse_args(argv)
     try:
-        {"list": _list, "run": _run, "report": _report}[args.command](args)
+        commands = {"list": _list, "run": _run, "bench": _bench, "report": _report}
+        commands[args.command](args)
     except OutOfTime as error:
         print(f"bpfree: {error}; the same command goes on from there", file=sys.stderr)
         return 3

@@ -109,8 +109,9 @@ def record(
             optimizer=recipe.optimizer, schedule=recipe.schedule, seeds=group, probe=PROBE,
             device=device, progress=progress, checkpoint=checkpoint, deadline=deadline,
         )  # fmt: skip
+        made = {"seconds": round(run.seconds, 1), "seeds_together": len(group), **manifest(device)}
         for i, seed in enumerate(group):
-            result["runs"][str(seed)] = {**_curves(run, i), **_manifest(device, run, len(group))}
+            result["runs"][str(seed)] = {**_curves(run, i), **made}
         result["runs"] = dict(sorted(result["runs"].items(), key=lambda item: int(item[0])))
         write_json(file, result)
         checkpoint.unlink()
@@ -130,8 +131,8 @@ def _curves(run: Run, i: int) -> dict:
     return {**curves, "diverged": run.diverged[i]}
 
 
-def _manifest(device: str, run: Run, together: int) -> dict:
-    """What a number depends on beside the recipe and the seed."""
+def manifest(device: str) -> dict:
+    """What a number depends on beside its settings: hardware, versions, commit."""
 
     def git(*args: str) -> str:
         done = subprocess.run(["git", "-C", ROOT, *args], capture_output=True, text=True)
@@ -143,8 +144,6 @@ def _manifest(device: str, run: Run, together: int) -> dict:
     cuda = torch.device(device).type == "cuda"
     name = torch.cuda.get_device_name(device) if cuda else f"CPU, {torch.get_num_threads()} threads"
     return {
-        "seconds": round(run.seconds, 1),
-        "seeds_together": together,
         "device": name,
         "machine": platform.machine(),
         "python": platform.python_version(),
@@ -173,7 +172,7 @@ def table(names: Sequence[str], folder: str | os.PathLike | None = None) -> str:
             "|---|---|---|---|---|---|---|---|---|"]  # fmt: skip
     for name in names:
         recipe = recipes.get(name)
-        shape = "-".join(map(str, recipe.network[1]))
+        shape = "-".join(map(str, recipe.network[1])) + f", {recipe.network[2]['activation']}"
         paper = "none" if recipe.source == "this book" else recipe.paper or "not verified"
         head = f"| {label(recipe.rule)} | {recipe.data} | {shape} | {recipe.epochs} | {paper}"
         if not path(name, folder).exists():
