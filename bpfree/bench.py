@@ -37,7 +37,7 @@ NETWORKS: dict[str, tuple[Callable[[torch.Generator], Network], int]] = {
 RULES: dict[str, type[Rule]] = {
     name: getattr(rules, name)
     for name in ("Backprop", "FeedbackAlignment", "SignSymmetry", "KolenPollack",
-                 "DirectFeedbackAlignment", "DRTP")
+                 "DirectFeedbackAlignment", "DRTP", "PEPITA")
 }  # fmt: skip
 DEPTHS, WIDTH, DEPTH_BATCH = (4, 16, 64), 256, 64
 

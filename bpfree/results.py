@@ -172,7 +172,8 @@ def table(names: Sequence[str], folder: str | os.PathLike | None = None) -> str:
             "|---|---|---|---|---|---|---|---|---|"]  # fmt: skip
     for name in names:
         recipe = recipes.get(name)
-        shape = "-".join(map(str, recipe.network[1])) + f", {recipe.network[2]['activation']}"
+        activation = recipe.network[2].get("activation", "relu")
+        shape = "-".join(map(str, recipe.network[1])) + f", {activation}"
         paper = "none" if recipe.source == "this book" else recipe.paper or "not verified"
         head = f"| {label(recipe.rule)} | {recipe.data} | {shape} | {recipe.epochs} | {paper}"
         if not path(name, folder).exists():

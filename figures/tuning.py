@@ -17,7 +17,7 @@ import warnings
 import bpfree
 from bpfree import recipes, results
 
-RATES = (0.01, 0.03, 0.1, 0.3, 1.0)
+RATES = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
 SCALES = {"DRTP": (0.001, 0.01, 0.1, 1.0)}
 SEED, EPOCHS, HOLDOUT = 100, 5, 10_000
 FILE = results.path("tuning-mnist-fc")
