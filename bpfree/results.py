@@ -172,8 +172,9 @@ def table(names: Sequence[str], folder: str | os.PathLike | None = None) -> str:
             "|---|---|---|---|---|---|---|---|---|"]  # fmt: skip
     for name in names:
         recipe = recipes.get(name)
-        activation = recipe.network[2].get("activation", "relu")
-        shape = "-".join(map(str, recipe.network[1])) + f", {activation}"
+        kind, args, keywords = recipe.network
+        shape = "-".join(map(str, args)) if kind == "mlp" else f"conv {args[1]}"
+        shape += f", {keywords.get('activation', 'relu')}"
         paper = "none" if recipe.source == "this book" else recipe.paper or "not verified"
         head = f"| {label(recipe.rule)} | {recipe.data} | {shape} | {recipe.epochs} | {paper}"
         if not path(name, folder).exists():
