@@ -19,7 +19,7 @@ from .checkpoint import write_atomic
 from .data import load
 from .recipes import Recipe
 from .style import label
-from .train import Run, fit
+from .train import Diverged, Run, fit
 
 FORMAT = "bpfree-result/1"
 ROOT = Path(__file__).resolve().parent.parent
@@ -104,11 +104,14 @@ def record(
     groups = [missing] if device != "cpu" else [[seed] for seed in missing]
     for group in groups:
         checkpoint = file.with_name(f"{recipe.name}.{'-'.join(map(str, group))}.ckpt")
-        run = fit(
-            recipe.make, data, epochs=recipe.epochs, batch_size=recipe.batch_size,
-            optimizer=recipe.optimizer, schedule=recipe.schedule, seeds=group, probe=PROBE,
-            device=device, progress=progress, checkpoint=checkpoint, deadline=deadline,
-        )  # fmt: skip
+        try:
+            run = fit(
+                recipe.make, data, epochs=recipe.epochs, batch_size=recipe.batch_size,
+                optimizer=recipe.optimizer, schedule=recipe.schedule, seeds=group, probe=PROBE,
+                device=device, progress=progress, checkpoint=checkpoint, deadline=deadline,
+            )  # fmt: skip
+        except Diverged as error:  # a result too
+            run = error.run
         made = {"seconds": round(run.seconds, 1), "seeds_together": len(group), **manifest(device)}
         for i, seed in enumerate(group):
             result["runs"][str(seed)] = {**_curves(run, i), **made}

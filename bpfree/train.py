@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import os
 import time
-import warnings
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
@@ -40,6 +39,14 @@ class Run:
     seconds: float  # of training, all seeds, interruptions not counted
 
 
+class Diverged(FloatingPointError):
+    """The loss of a seed was not finite. ``run`` has the curves of all seeds, NaN from there."""
+
+    def __init__(self, message: str, run: Run):
+        super().__init__(message)
+        self.run = run
+
+
 def fit(
     make: Callable[[torch.Generator], Rule],
     data: Data,
@@ -59,8 +66,8 @@ def fit(
     """Train ``make(generator)`` on ``data`` once per seed.
 
     Each seed has its own generator, from which its initial weights, feedback, batch order and
-    dropout come; so its result is the same whether it is trained alone or with others. A loss that
-    is no longer finite gives a warning; training stops when it is so for every seed.
+    dropout come; so its result is the same whether it is trained alone or with others. A seed
+    whose loss is not finite stops; the others go on to their end.
 
     Args:
         make: builds a network and returns its rule, drawing only from the generator given.
@@ -81,6 +88,7 @@ def fit(
         ValueError: for epochs < 1, no or repeated seeds, a batch larger than the training set, or a
             checkpoint that is damaged, foreign, or of other settings.
         OutOfTime: if the deadline comes first.
+        Diverged: a ``FloatingPointError``, at the end, if the loss of a seed was not finite.
         OSError: if a checkpoint cannot be written; the one before it is whole.
     """
     seeds = list(seeds)
@@ -109,7 +117,11 @@ def fit(
             rules, parts, seconds = rules + made, [*parts, curves], seconds + spent
     joined = [torch.cat(c) for c in zip(*parts, strict=True)]
     diverged = [None if bad < 0 else int(bad) for bad in joined.pop().tolist()]
-    return Run(rules, *joined, diverged, seconds)
+    run = Run(rules, *joined, diverged, seconds)
+    if any(diverged):
+        bad = {seed: epoch for seed, epoch in zip(seeds, diverged, strict=True) if epoch}
+        raise Diverged(f"training diverged, by seed and epoch: {bad}", run)
+    return run
 
 
 @torch.no_grad()
@@ -152,11 +164,7 @@ def _train(
         epoch += 1
         for name, value in zip(names, values, strict=False):
             curves[name].append(value)
-        now_bad = ~values[0].isfinite() & (bad < 0)
-        if now_bad.any():
-            bad[now_bad] = epoch
-            which = [s for s, is_bad in zip(seeds, now_bad.tolist(), strict=True) if is_bad]
-            warnings.warn(f"training diverged in epoch {epoch} for seeds {which}", stacklevel=3)
+        bad[~values[0].isfinite() & (bad < 0)] = epoch
         longest = max(longest, time.monotonic() - start)
         spent += time.monotonic() - start
         if file:

@@ -86,7 +86,7 @@ def test_fifty_kills_at_random_moments_change_no_bit(folder, tmp_path_factory):
         pid = os.fork()
         if pid == 0:
             os._exit(run(target))
-        time.sleep(rng.uniform(0, 0.6 * duration))
+        time.sleep(rng.uniform(0, min(0.6 * duration, 0.5)))
         os.kill(pid, signal.SIGKILL)
         _, status = os.waitpid(pid, 0)
         if os.WIFSIGNALED(status):
@@ -230,11 +230,10 @@ def test_malformed_budget_is_refused(budget, capsys):
     assert repr(budget) in capsys.readouterr().err
 
 
-def test_diverged_run_stops_warns_and_is_recorded_as_diverged(folder, monkeypatch, capsys):
+def test_diverged_run_stops_and_is_recorded_as_diverged(folder, monkeypatch, capsys):
     wild = dataclasses.replace(SMALL, lr=1e20, rule="Backprop")
     monkeypatch.setitem(recipes.RECIPES, "small", wild)
-    with pytest.warns(UserWarning, match=r"diverged in epoch 1 for seeds \[0\]"):
-        assert run(folder, "--seeds", "0") == 0
+    assert run(folder, "--seeds", "0") == 0
     one = results.read("small", folder)["runs"]["0"]
     assert one["diverged"] == 1
     assert one["train_loss"] == [None] * SMALL.epochs
@@ -253,8 +252,9 @@ def test_one_diverged_seed_does_not_stop_or_change_the_others():
         return rule
 
     common = dict(epochs=3, batch_size=128, optimizer=partial(torch.optim.SGD, lr=0.1))
-    with pytest.warns(UserWarning, match=r"seeds \[1\]"):
-        both = bpfree.fit(make, bpfree.load(), seeds=(0, 1), vectorize=True, **common)
+    with pytest.raises(FloatingPointError, match=r"\{1: 1\}") as caught:
+        bpfree.fit(make, bpfree.load(), seeds=(0, 1), vectorize=True, **common)
+    both = caught.value.run
     alone = bpfree.fit(make, bpfree.load(), seeds=(0,), **common)
     assert both.diverged == [None, 1]
     torch.testing.assert_close(both.train_loss[:1], alone.train_loss)
