@@ -8,6 +8,7 @@ from .network import Network, convnet, mlp
 from .rule import Rule, Update
 from .rules import (
     DRTP,
+    PEPITA,
     Backprop,
     DirectFeedbackAlignment,
     FeedbackAlignment,
@@ -22,6 +23,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "DRTP",
+    "PEPITA",
     "Backprop",
     "Block",
     "DirectFeedbackAlignment",

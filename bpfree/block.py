@@ -88,19 +88,23 @@ class Block(nn.Module):
         f = self.activation
         return f(a) if callable(f) else ACTIVATIONS[f][0](a)
 
-    def trace(
-        self, h: Tensor, weight: Tensor, bias: Tensor | None = None, mask: Tensor | None = None
-    ) -> Trace:
-        """The block's forward pass with the given weights; ``mask=None`` drops no unit."""
+    def pre(self, h: Tensor, weight: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """(r, a): the linear map's input, flattened for an ``nn.Linear``, and its output."""
         if self.is_conv:
-            r = h
-            a = F.conv2d(r, weight, bias, **self._geometry())
-        else:
-            r = h.flatten(1)
-            a = F.linear(r, weight, bias)
+            return h, F.conv2d(h, weight, bias, **self._geometry())
+        return h.flatten(1), F.linear(h.flatten(1), weight, bias)
+
+    def post(self, r: Tensor, a: Tensor, mask: Tensor | None = None) -> Trace:
+        """The rest of the block from its pre-activation; ``mask=None`` drops no unit."""
         z = self.act(a)
         h = z if self.pool is None else self.pool(z)
         return Trace(r, a, z, h if mask is None else h * mask, mask)
+
+    def trace(
+        self, h: Tensor, weight: Tensor, bias: Tensor | None = None, mask: Tensor | None = None
+    ) -> Trace:
+        """The block's forward pass with the given weights."""
+        return self.post(*self.pre(h, weight, bias), mask)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         return self.trace(x, self.linear.weight, self.linear.bias, mask).h

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import math
 import sys
+import time
 
-from . import recipes, results
+from . import bench, recipes, results
+from .train import OutOfTime
 
 
 def _seeds(text: str) -> list[int]:
@@ -23,6 +26,18 @@ def _seeds(text: str) -> list[int]:
     return seeds
 
 
+def _duration(text: str) -> float:
+    """'9m', '90s', '1.5h' as seconds."""
+    units = {"s": 1, "m": 60, "h": 3600}
+    try:
+        seconds = float(text[:-1]) * units[text[-1]]
+    except (ValueError, KeyError, IndexError):
+        seconds = 0.0
+    if not 0 < seconds < math.inf:
+        raise argparse.ArgumentTypeError(f"a time must look like 90s, 9m or 1.5h; got {text!r}")
+    return seconds
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="bpfree", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
@@ -33,12 +48,21 @@ def _parser() -> argparse.ArgumentParser:
     show.add_argument("--results", **folder)
 
     run = commands.add_parser("run", help="train what is not recorded yet, and record it")
-    run.add_argument("names", nargs="+", **names)
+    run.add_argument("names", nargs="*", **names)
+    run.add_argument("--all", action="store_true", help="every recipe, by priority")
+    run.add_argument(
+        "--budget", type=_duration, metavar="TIME",
+        help="stop in time, such as 9m or 90s or 2h; the same command goes on from there",
+    )  # fmt: skip
     run.add_argument("--seeds", type=_seeds, help="0:3, 5 or 0,4 (default: the recipe's)")
     run.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
     run.add_argument("--data", metavar="DIR", help="folder of the data sets (else BPFREE_DATA)")
     run.add_argument("--results", **folder)
     run.add_argument("--quiet", action="store_true", help="no progress bar")
+
+    time = commands.add_parser("bench", help="step times and memory of each rule beside autograd")
+    time.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
+    time.add_argument("--results", **folder)
 
     report = commands.add_parser("report", help="the table of the paper's numbers and ours")
     report.add_argument("names", nargs="*", **names)
@@ -57,12 +81,20 @@ def _list(args: argparse.Namespace) -> None:
 
 
 def _run(args: argparse.Namespace) -> None:
-    chosen = [recipes.get(name) for name in args.names]
-    for recipe in chosen:
-        result = results.record(
-            recipe, args.seeds or recipe.seeds, data_root=args.data, device=args.device,
-            folder=args.results, progress=not args.quiet,
-        )  # fmt: skip
+    if args.all == bool(args.names):
+        raise ValueError("name the recipes to run, or say --all (bpfree list)")
+    deadline = None if args.budget is None else time.monotonic() + args.budget
+    for recipe in [recipes.get(name) for name in args.names or recipes.RECIPES]:
+        try:
+            result = results.record(
+                recipe, args.seeds or recipe.seeds, data_root=args.data, device=args.device,
+                folder=args.results, progress=not args.quiet, deadline=deadline,
+            )  # fmt: skip
+        except FileNotFoundError as error:
+            if not args.all:
+                raise
+            print(f"{recipe.name}: not run, {error}", flush=True)
+            continue
         accuracy = results.spread(results.final(result))
         print(f"{recipe.name}: {accuracy} % over {len(result['runs'])} seeds", flush=True)
 
@@ -71,12 +103,20 @@ def _report(args: argparse.Namespace) -> None:
     print(results.table(args.names or list(recipes.RECIPES), args.results))
 
 
+def _bench(args: argparse.Namespace) -> None:
+    print(bench.table(bench.run(args.device, args.results)))
+
+
 def main(argv: list[str] | None = None) -> int:
-    """Entry point; errors of the user's making are one line on stderr and exit status 2."""
+    """Entry point. Exit status 2: a mistake or a full disk, told in one line; 3: out of time."""
     args = _parser().parse_args(argv)
     try:
-        {"list": _list, "run": _run, "report": _report}[args.command](args)
-    except (ValueError, FileNotFoundError, FloatingPointError) as error:
+        commands = {"list": _list, "run": _run, "bench": _bench, "report": _report}
+        commands[args.command](args)
+    except OutOfTime as error:
+        print(f"bpfree: {error}; the same command goes on from there", file=sys.stderr)
+        return 3
+    except (ValueError, OSError) as error:
         print(f"bpfree: {error}", file=sys.stderr)
         return 2
     return 0

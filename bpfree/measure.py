@@ -1,11 +1,15 @@
-"""What is measured about a rule: how close its update is to backprop's (chapter 2)."""
+"""What is measured about a rule: how close it is to backprop, and what memory it takes."""
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from .rule import Rule
 from .rules.backprop import Backprop
@@ -50,3 +54,46 @@ def alignment(
         torch.stack([angle(ours[n], theirs[n]) for n in names]),
         torch.stack([ours[n].double().norm() / theirs[n].double().norm() for n in names]),
     )
+
+
+class _Ledger(TorchDispatchMode):
+    """Notes each tensor storage that operators make while it is on, and when it is freed."""
+
+    def __init__(self):
+        super().__init__()
+        self.entries: list[tuple[int, int]] = []  # (number of the storage, bytes gained or lost)
+        self.numbers = weakref.WeakKeyDictionary()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        given = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        known = {t.untyped_storage().data_ptr() for t in given}
+        out = func(*args, **kwargs)
+        for t in tree_leaves(out):
+            if isinstance(t, Tensor) and t.untyped_storage().data_ptr() not in known:
+                storage = t.untyped_storage()
+                if storage not in self.numbers:
+                    number, size = len(self.entries), storage.nbytes()
+                    self.numbers[storage] = number
+                    self.entries.append((number, size))
+                    weakref.finalize(storage, self.entries.append, (number, -size))
+        return out
+
+
+def peak_memory(f: Callable[[], object], without: Callable[[], list[Tensor]] = list) -> int:
+    """Most bytes of tensors alive at once that ``f`` has made, on any device.
+
+    Counted from the operators' outputs, so it is exact and repeatable; what an operator allocates
+    and frees inside itself is not seen.
+
+    Args:
+        without: called after ``f``; the tensors it gives, gradients say, are not counted.
+    """
+    with _Ledger() as ledger:
+        f()
+    left_out = {ledger.numbers.get(t.untyped_storage()) for t in without()}
+    live = peak = 0
+    for number, size in ledger.entries:
+        live += 0 if number in left_out else size
+        peak = max(peak, live)
+    return peak

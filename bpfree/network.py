@@ -106,16 +106,22 @@ class Network(nn.Sequential):
         return masks
 
     def trace(
-        self, params: dict[str, Tensor], x: Tensor, masks: dict[int, Tensor] | None = None
+        self,
+        params: dict[str, Tensor],
+        x: Tensor,
+        masks: dict[int, Tensor] | None = None,
+        first: Trace | None = None,
     ) -> list[Trace]:
-        """Every intermediate of a forward pass with the weights in ``params``, block by block."""
-        traces, h = [], x
-        for l, block in enumerate(self, 1):
-            name = f"{l - 1}.linear"
-            mask = (masks or {}).get(l)
-            traces.append(
-                block.trace(h, params[f"{name}.weight"], params.get(f"{name}.bias"), mask)
-            )
+        """Every intermediate of a forward pass with the weights in ``params``, block by block.
+
+        ``first`` is block 1's, where it is known already; ``x`` is not used then.
+        """
+        traces = [] if first is None else [first]
+        h = x if first is None else first.h
+        for l in range(len(traces) + 1, len(self) + 1):
+            name, mask = f"{l - 1}.linear", (masks or {}).get(l)
+            weight, bias = params[f"{name}.weight"], params.get(f"{name}.bias")
+            traces.append(self[l - 1].trace(h, weight, bias, mask))
             h = traces[-1].h
         return traces
 

@@ -15,10 +15,11 @@ from pathlib import Path
 import torch
 
 from . import recipes
+from .checkpoint import write_atomic
 from .data import load
 from .recipes import Recipe
 from .style import label
-from .train import Run, fit
+from .train import Diverged, Run, fit
 
 FORMAT = "bpfree-result/1"
 ROOT = Path(__file__).resolve().parent.parent
@@ -54,17 +55,8 @@ def read(name: str, folder: str | os.PathLike | None = None) -> dict:
 
 def write_json(file: Path, content: dict) -> None:
     """Write all of it or nothing: a reader never sees half a file."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_suffix(f".{os.getpid()}.tmp")
-    try:
-        with open(temporary, "w") as f:
-            json.dump(content, f, indent=1, allow_nan=False)
-            f.write("\n")
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(temporary, file)
-    finally:
-        temporary.unlink(missing_ok=True)
+    text = json.dumps(content, indent=1, allow_nan=False) + "\n"
+    write_atomic(file, lambda f: f.write(text.encode()))
 
 
 def record(
@@ -75,13 +67,19 @@ def record(
     device: str = "cpu",
     folder: str | os.PathLike | None = None,
     progress: bool = False,
+    deadline: float | None = None,
 ) -> dict:
     """Train the seeds of a recipe that are not recorded yet, and add them to its file.
 
-    On a CPU the file is written after each seed, so that a stop loses at most one.
+    What is under way is in a checkpoint beside it, written after each epoch: the same call goes on
+    from there, to the same bits. On an accelerator all missing seeds are trained at once, on a CPU
+    one after the other, each recorded when it ends.
 
     Raises:
-        ValueError: if the file there was made by other settings; it is left as it is.
+        ValueError: if the file there, or a checkpoint, was made by other settings or is damaged; it
+            is left as it is.
+        OutOfTime: if ``deadline`` (``time.monotonic()``) comes first.
+        OSError: if the disk is full; what was recorded before stays.
     """
     settings = json.loads(json.dumps(dataclasses.asdict(recipe)))
     file = path(recipe.name, folder)
@@ -96,6 +94,8 @@ def record(
         result["recipe"] = settings
     missing = [seed for seed in seeds if str(seed) not in result["runs"]]
     if not missing:
+        for left in file.parent.glob(f"{recipe.name}.*.ckpt"):  # of a kill between two files
+            left.unlink()
         return result
     data = load(recipe.data, data_root)
     if result["data_checksum"] not in (None, data.checksum):
@@ -103,15 +103,21 @@ def record(
     result["data_checksum"] = data.checksum
     groups = [missing] if device != "cpu" else [[seed] for seed in missing]
     for group in groups:
-        run = fit(
-            recipe.make, data, epochs=recipe.epochs, batch_size=recipe.batch_size,
-            optimizer=recipe.optimizer, schedule=recipe.schedule, seeds=group, probe=PROBE,
-            device=device, progress=progress,
-        )  # fmt: skip
+        checkpoint = file.with_name(f"{recipe.name}.{'-'.join(map(str, group))}.ckpt")
+        try:
+            run = fit(
+                recipe.make, data, epochs=recipe.epochs, batch_size=recipe.batch_size,
+                optimizer=recipe.optimizer, schedule=recipe.schedule, seeds=group, probe=PROBE,
+                device=device, progress=progress, checkpoint=checkpoint, deadline=deadline,
+            )  # fmt: skip
+        except Diverged as error:  # a result too
+            run = error.run
+        made = {"seconds": round(run.seconds, 1), "seeds_together": len(group), **manifest(device)}
         for i, seed in enumerate(group):
-            result["runs"][str(seed)] = {**_curves(run, i), **_manifest(device, run, len(group))}
+            result["runs"][str(seed)] = {**_curves(run, i), **made}
         result["runs"] = dict(sorted(result["runs"].items(), key=lambda item: int(item[0])))
         write_json(file, result)
+        checkpoint.unlink()
     return result
 
 
@@ -124,11 +130,12 @@ def _curves(run: Run, i: int) -> dict:
         return round(v, 4) if math.isfinite(v) else None
 
     names = ("train_loss", "train_accuracy", "test_accuracy", "angle", "norm")
-    return {name: plain(getattr(run, name)[i].tolist()) for name in names}
+    curves = {name: plain(getattr(run, name)[i].tolist()) for name in names}
+    return {**curves, "diverged": run.diverged[i]}
 
 
-def _manifest(device: str, run: Run, together: int) -> dict:
-    """What a number depends on beside the recipe and the seed."""
+def manifest(device: str) -> dict:
+    """What a number depends on beside its settings: hardware, versions, commit."""
 
     def git(*args: str) -> str:
         done = subprocess.run(["git", "-C", ROOT, *args], capture_output=True, text=True)
@@ -140,8 +147,6 @@ def _manifest(device: str, run: Run, together: int) -> dict:
     cuda = torch.device(device).type == "cuda"
     name = torch.cuda.get_device_name(device) if cuda else f"CPU, {torch.get_num_threads()} threads"
     return {
-        "seconds": round(run.seconds, 1),
-        "seeds_together": together,
         "device": name,
         "machine": platform.machine(),
         "python": platform.python_version(),
@@ -151,12 +156,15 @@ def _manifest(device: str, run: Run, together: int) -> dict:
 
 
 def final(result: dict) -> list[float]:
-    """Test accuracy (%) of each seed after its last epoch: never the best epoch's."""
-    return [run["test_accuracy"][-1] for run in result["runs"].values()]
+    """Test accuracy (%) of each seed after its last epoch, never the best one; not of diverged."""
+    runs = result["runs"].values()
+    return [run["test_accuracy"][-1] for run in runs if run["diverged"] is None]
 
 
 def spread(values: Sequence[float], digits: int = 2) -> str:
     """'mean ± sd' with the sample standard deviation; the mean alone for one value."""
+    if not values:
+        return "diverged"
     mean = f"{statistics.fmean(values):.{digits}f}"
     return mean if len(values) < 2 else f"{mean} ± {statistics.stdev(values):.{digits}f}"
 
@@ -167,7 +175,9 @@ def table(names: Sequence[str], folder: str | os.PathLike | None = None) -> str:
             "|---|---|---|---|---|---|---|---|---|"]  # fmt: skip
     for name in names:
         recipe = recipes.get(name)
-        shape = "-".join(map(str, recipe.network[1]))
+        kind, args, keywords = recipe.network
+        shape = "-".join(map(str, args)) if kind == "mlp" else f"conv {args[1]}"
+        shape += f", {keywords.get('activation', 'relu')}"
         paper = "none" if recipe.source == "this book" else recipe.paper or "not verified"
         head = f"| {label(recipe.rule)} | {recipe.data} | {shape} | {recipe.epochs} | {paper}"
         if not path(name, folder).exists():
@@ -176,6 +186,7 @@ def table(names: Sequence[str], folder: str | os.PathLike | None = None) -> str:
         runs = read(name, folder)["runs"]
         seconds = statistics.fmean(r["seconds"] / r["seeds_together"] for r in runs.values())
         devices = ", ".join(sorted({r["device"] for r in runs.values()}))
-        accuracy = spread(final({"runs": runs}))
-        rows.append(f"{head} | {accuracy} | {len(runs)} | {seconds:.0f} | {devices} |")
+        kept = final({"runs": runs})
+        lost = f" (+ {len(runs) - len(kept)} diverged)" if len(kept) < len(runs) else ""
+        rows.append(f"{head} | {spread(kept)} | {len(kept)}{lost} | {seconds:.0f} | {devices} |")
     return "\n".join(rows)

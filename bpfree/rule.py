@@ -88,6 +88,16 @@ class Rule(nn.Module):
         """
         raise NotImplementedError
 
+    def first_pass(
+        self,
+        params: dict[str, Tensor],
+        state: dict[str, Tensor],
+        x: Tensor,
+        masks: dict[int, Tensor],
+    ) -> tuple[list[Trace], dict[str, Tensor]]:
+        """The forward pass, and the state, to which it may add what ``signals`` needs of it."""
+        return self.net.trace(params, x, masks), state
+
     def own_grads(self, grads: dict[str, Tensor]) -> dict[str, Tensor]:
         """Gradients of what the rule itself learns, from those of the weights; keys ``rule.*``."""
         return {}
@@ -122,7 +132,7 @@ class Rule(nn.Module):
         """
         if masks is None:
             masks = self.net.masks(len(x), generator)
-        trace = self.net.trace(params, x, masks)
+        trace, state = self.first_pass(params, state, x, masks)
         logits = trace[-1].h
         log_p = F.log_softmax(logits, 1)
         target = (y[:, None] == torch.arange(logits.shape[1], device=y.device)).to(log_p.dtype)

@@ -12,6 +12,7 @@ RULES = {
     "KolenPollack": ("Kolen-Pollack", "#009E73", (0, (5, 1)), "D"),
     "DirectFeedbackAlignment": ("DFA", "#D55E00", (0, (3, 1, 1, 1)), "v"),
     "DRTP": ("DRTP", "#CC79A7", (0, (1, 1)), "P"),
+    "PEPITA": ("PEPITA", "#E69F00", (0, (7, 2)), "*"),
     "Frozen": ("frozen hidden layers", "#7F7F7F", ":", "x"),
     "Shuffled": ("shuffled signal", "#A6761D", (0, (4, 2, 1, 2)), "+"),
 }

@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import time
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
+from pathlib import Path
 
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from . import checkpoint as checkpoints
 from .data import Data
-from .measure import alignment
+from .lockstep import Lockstep, Optimizer
 from .rule import Rule
 
-Optimizer = torch.optim.Optimizer
 sgd = partial(torch.optim.SGD, lr=0.1, momentum=0.9)
+
+
+class OutOfTime(Exception):
+    """Training stopped at the end of an epoch, since its time was up; the checkpoint has it all."""
 
 
 @dataclasses.dataclass
@@ -29,7 +35,16 @@ class Run:
     test_accuracy: Tensor  # (S, epochs) % after the epoch
     angle: Tensor  # (S, epochs + 1, L) degrees to backprop's update, before and after each epoch
     norm: Tensor  # (S, epochs + 1, L) norm relative to backprop's update
-    seconds: float
+    diverged: list[int | None]  # per seed: the epoch (1, 2, ...) whose loss was not finite
+    seconds: float  # of training, all seeds, interruptions not counted
+
+
+class Diverged(FloatingPointError):
+    """The loss of a seed was not finite. ``run`` has the curves of all seeds, NaN from there."""
+
+    def __init__(self, message: str, run: Run):
+        super().__init__(message)
+        self.run = run
 
 
 def fit(
@@ -45,11 +60,14 @@ def fit(
     probe: int = 0,
     device: torch.device | str = "cpu",
     progress: bool = False,
+    checkpoint: str | os.PathLike | None = None,
+    deadline: float | None = None,
 ) -> Run:
     """Train ``make(generator)`` on ``data`` once per seed.
 
     Each seed has its own generator, from which its initial weights, feedback, batch order and
-    dropout come; so its result is the same whether it is trained alone or with others.
+    dropout come; so its result is the same whether it is trained alone or with others. A seed
+    whose loss is not finite stops; the others go on to their end.
 
     Args:
         make: builds a network and returns its rule, drawing only from the generator given.
@@ -62,10 +80,16 @@ def fit(
         probe: number of training images on which the alignment with backprop is measured after
             each epoch (0: not measured; ``angle`` and ``norm`` are then empty).
         progress: show a progress bar.
+        checkpoint: file written after each epoch, from which the same call resumes to the bit. One
+            file per seed, ``NAME.seedN``, where seeds are trained one after the other.
+        deadline: ``time.monotonic()`` by which to stop, at the end of an epoch.
 
     Raises:
-        ValueError: for epochs < 1, no or repeated seeds, or a batch larger than the training set.
-        FloatingPointError: when the loss of a seed is no longer finite.
+        ValueError: for epochs < 1, no or repeated seeds, a batch larger than the training set, or a
+            checkpoint that is damaged, foreign, or of other settings.
+        OutOfTime: if the deadline comes first.
+        Diverged: a ``FloatingPointError``, at the end, if the loss of a seed was not finite.
+        OSError: if a checkpoint cannot be written; the one before it is whole.
     """
     seeds = list(seeds)
     if epochs < 1:
@@ -76,105 +100,83 @@ def fit(
         raise ValueError(f"batch_size must be in 1..{len(data.train_x)}, got {batch_size}")
     if vectorize is None:
         vectorize = torch.device(device).type != "cpu"
-    start, data = time.perf_counter(), data.to(device)
+    rates = [1.0 if schedule is None else schedule(epoch) for epoch in range(epochs)]
     groups = [seeds] if vectorize else [[seed] for seed in seeds]
-    bar = tqdm(total=epochs * len(groups), disable=not progress, unit="epoch")
-    rules, curves = [], []
-    with bar:
+    data, rules, parts, seconds = data.to(device), [], [], 0.0
+    with tqdm(total=epochs * len(groups), disable=not progress, unit="epoch") as bar:
         for group in groups:
             generators = [torch.Generator().manual_seed(seed) for seed in group]
             made = [make(generator) for generator in generators]
             for rule in made:
-                rule.to(device).net.to(device)
-            curves.append(
-                _fit_group(made, generators, group, data, epochs, batch_size, optimizer, schedule,
-                           probe, bar)
-            )  # fmt: skip
-            rules += made
-    joined = (torch.cat(c).double().cpu() for c in zip(*curves, strict=True))
-    return Run(rules, *joined, seconds=time.perf_counter() - start)
+                rule.to(device).net.to(device).train()
+            lockstep = Lockstep(made, generators, data, batch_size, optimizer)
+            file = None if checkpoint is None else Path(checkpoint)
+            if file and len(groups) > 1:
+                file = file.with_name(f"{file.name}.seed{group[0]}")
+            curves, spent = _train(lockstep, group, rates, probe, file, deadline, bar)
+            rules, parts, seconds = rules + made, [*parts, curves], seconds + spent
+    joined = [torch.cat(c) for c in zip(*parts, strict=True)]
+    diverged = [None if bad < 0 else int(bad) for bad in joined.pop().tolist()]
+    run = Run(rules, *joined, diverged, seconds)
+    if any(diverged):
+        bad = {seed: epoch for seed, epoch in zip(seeds, diverged, strict=True) if epoch}
+        raise Diverged(f"training diverged, by seed and epoch: {bad}", run)
+    return run
 
 
-def _fit_group(
-    rules: list[Rule],
-    generators: list[torch.Generator],
+@torch.no_grad()
+def _train(
+    lockstep: Lockstep,
     seeds: list[int],
-    data: Data,
-    epochs: int,
-    batch_size: int,
-    optimizer: Callable,
-    schedule: Callable | None,
+    rates: list[float],
     probe: int,
+    file: Path | None,
+    deadline: float | None,
     bar: tqdm,
-) -> tuple[Tensor, ...]:
-    """Train S rules of one shape in lockstep; returns the curves of ``Run``, S first."""
-    rule, S = rules[0], len(rules)
-    rule.net.train()
-    # a single seed works on its own tensors; several on stacks, which vmap maps the rule over
-    over_seeds = torch.vmap if S > 1 else lambda f, in_dims=None: f
-    params, state = _stack([r.params() for r in rules]), _stack([r.state() for r in rules])
-    opt = optimizer(list(params.values()))
-    plan = None if schedule is None else torch.optim.lr_scheduler.LambdaLR(opt, schedule)
-    dtype = rule.net.weights()[0].dtype
-    steps = len(data.train_x) // batch_size
+) -> tuple[list[Tensor], float]:
+    """Train a group to the end, from its checkpoint if there is one.
 
-    def step(params, state, x, y, masks):
-        u = rule.update(params, state, x, y, masks=masks)
-        return u.loss, (u.logits.argmax(1) == y).double().mean(), u.grads
-
-    def hits(params, x, y):
-        return (rule.net.trace(params, x)[-1].h.argmax(1) == y).double().sum()
-
-    def probed(params, state):
-        x, y = data.inputs(data.train_x[:probe], dtype), data.train_y[:probe]
-        return tuple(alignment(rule, x, y, params, state))
-
-    step, hits = over_seeds(step), over_seeds(hits, in_dims=(0, None, None))
-    probed = over_seeds(probed)
-    losses, accuracies, tests, probes = [], [], [], []
-    with torch.no_grad():
-        if probe:
-            probes.append([p.reshape(S, -1) for p in probed(params, state)])
-        for epoch in range(epochs):
-            orders = [torch.randperm(len(data.train_x), generator=g) for g in generators]
-            order = _join(orders).to(data.train_x.device)
-            loss = accuracy = 0.0
-            for i in range(steps):
-                batch = order[..., i * batch_size : (i + 1) * batch_size]
-                x, y = data.inputs(data.train_x[batch], dtype), data.train_y[batch]
-                masks = _stack([rule.net.masks(batch_size, g) for g in generators])
-                step_loss, step_accuracy, grads = step(params, state, x, y, masks)
-                for name, p in params.items():
-                    p.grad = grads[name]
-                opt.step()
-                loss, accuracy = loss + step_loss, accuracy + step_accuracy
-            if plan is not None:
-                plan.step()
-            losses.append((loss / steps).reshape(S))
-            accuracies.append((100 * accuracy / steps).reshape(S))
-            if not losses[-1].isfinite().all():
-                bad = [s for s, v in zip(seeds, losses[-1].tolist(), strict=True) if v - v != 0]
-                raise FloatingPointError(f"training diverged in epoch {epoch + 1} for seeds {bad}")
-            chunks = zip(data.test_x.split(1000), data.test_y.split(1000), strict=True)
-            correct = sum(hits(params, data.inputs(x, dtype), y) for x, y in chunks)
-            tests.append((100 * correct / len(data.test_y)).reshape(S))
-            if probe:
-                probes.append([p.reshape(S, -1) for p in probed(params, state)])
-            bar.update()
-        if S > 1:
-            for s, r in enumerate(rules):
-                for name, p in r.params().items():
-                    p.copy_(params[name][s])
-    probes = [torch.stack(c, 1) for c in zip(*probes, strict=True)] or [torch.empty(S, 0)] * 2
-    return (*(torch.stack(c, 1) for c in (losses, accuracies, tests)), *probes)
-
-
-def _join(tensors: list[Tensor]) -> Tensor:
-    return tensors[0] if len(tensors) == 1 else torch.stack(tensors)
-
-
-def _stack(dicts: list[dict]) -> dict:
-    """One dict of stacks (S, ...) from S dicts of tensors; the tensors themselves when S = 1."""
-    if len(dicts) == 1:
-        return dicts[0]
-    return {k: torch.stack([d[k].detach() for d in dicts]) for k in dicts[0]}
+    Returns the curves of ``Run`` in their order, then the epoch of divergence or -1, and seconds.
+    """
+    names = ("loss", "accuracy", "test", "angle", "norm")
+    curves: dict[str, list[Tensor]] = {name: [] for name in names}
+    epoch, spent, bad = 0, 0.0, torch.full((len(seeds),), -1)
+    shapes = {name: list(p.shape) for name, p in lockstep.params.items()}
+    settings = [
+        type(lockstep.rules[0]).__name__, shapes, seeds, rates, probe, lockstep.batch_size,
+        lockstep.opt.defaults, lockstep.data.checksum if file else None,
+    ]  # fmt: skip
+    fingerprint = checkpoints.digest(settings)
+    if file and (saved := checkpoints.load(file, fingerprint)):
+        lockstep.load_state_dict(saved["lockstep"])
+        epoch, spent, bad, curves = (saved[k] for k in ("epoch", "spent", "bad", "curves"))
+        bar.update(epoch)
+    elif probe:
+        for name, value in zip(("angle", "norm"), lockstep.probe(probe), strict=True):
+            curves[name].append(value)
+    longest = 0.0
+    while epoch < len(rates) and (bad < 0).any():
+        start = time.monotonic()
+        if deadline is not None and start + longest > deadline:
+            raise OutOfTime(f"stopped after epoch {epoch} of {len(rates)} of seeds {seeds}")
+        values = [*lockstep.train(rates[epoch]), lockstep.test()]
+        values += lockstep.probe(probe) if probe else []
+        epoch += 1
+        for name, value in zip(names, values, strict=False):
+            curves[name].append(value)
+        bad[~values[0].isfinite() & (bad < 0)] = epoch
+        longest = max(longest, time.monotonic() - start)
+        spent += time.monotonic() - start
+        if file:
+            content = {"lockstep": lockstep.state_dict(), "epoch": epoch, "spent": spent}
+            checkpoints.save(file, {**content, "bad": bad, "curves": curves}, fingerprint)
+        bar.update()
+    lockstep.write_back()
+    bar.update(len(rates) - epoch)
+    stacked = []
+    for values in curves.values():
+        curve = torch.stack(values, 1) if values else torch.empty(len(seeds), 0).double()
+        missing = len(rates) - epoch if values else 0  # a run that diverged ends early
+        padding = torch.full((len(seeds), missing, *curve.shape[2:]), torch.nan).double()
+        stacked.append(torch.cat([curve, padding], 1))
+    return [*stacked, bad], spent

@@ -1,7 +1,7 @@
 """Make the chapters' notebooks from their text twins, with the outputs of a fresh run.
 
     python tools/notebooks.py [NAME ...]     write and run chapters/NAME.ipynb (default: all)
-    python tools/notebooks.py --check        exit 1 unless every notebook is its twin's, cell by cell
+    python tools/notebooks.py --check        exit 1 unless each notebook is its twin
 
 The twin, chapters/text/NAME.md, is what is edited and reviewed. ``{{ repository }}`` in it stands
 for the address in _config.yml, the only place where that is written.

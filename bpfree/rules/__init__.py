@@ -9,9 +9,11 @@ from .feedback import (
     KolenPollack,
     SignSymmetry,
 )
+from .pepita import PEPITA
 
 __all__ = [
     "DRTP",
+    "PEPITA",
     "Backprop",
     "DirectFeedbackAlignment",
     "FeedbackAlignment",

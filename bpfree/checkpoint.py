@@ -1,0 +1,96 @@
+"""Files that are whole or not there: atomic writes, and checkpoints that name what is wrong."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from torch import Tensor
+
+FORMAT = "bpfree-checkpoint/1"
+
+
+def write_atomic(file: Path, write: Callable[[BinaryIO], None]) -> None:
+    """Let ``write`` fill a new file and put it in the place of ``file`` at once, or not at all.
+
+    Raises:
+        OSError: if the disk is full, say; the old file is untouched then.
+    """
+    file.parent.mkdir(parents=True, exist_ok=True)
+    temporary = file.with_name(f"{file.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as f:
+            write(f)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(temporary, file)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def digest(tree: Any) -> str:
+    """sha256 of nested dicts, lists, tensors and plain values, bit for bit."""
+    sha = hashlib.sha256()
+
+    def add(value: Any) -> None:
+        if isinstance(value, dict):
+            for key in value:
+                add(key)
+                add(value[key])
+        elif isinstance(value, (list, tuple)):
+            for item in value:
+                add(item)
+        elif isinstance(value, Tensor):
+            flat = value.detach().cpu().contiguous().reshape(-1)
+            sha.update(f"{value.dtype}{tuple(value.shape)}".encode())
+            sha.update(flat.view(torch.uint8).numpy().tobytes())
+        else:
+            sha.update(f"{type(value).__name__}:{value!r};".encode())
+
+    add(tree)
+    return sha.hexdigest()
+
+
+def save(file: Path, content: dict, fingerprint: str) -> None:
+    """Write tensors and plain values so that ``load`` can tell damage and foreign files.
+
+    Args:
+        content: nested dicts and lists of tensors and plain values; no code is pickled.
+        fingerprint: of the settings that the content belongs to.
+    """
+    whole = {
+        "format": FORMAT,
+        "fingerprint": fingerprint,
+        "digest": digest(content),
+        "content": content,
+    }
+    write_atomic(file, lambda f: torch.save(whole, f))
+
+
+def load(file: Path, fingerprint: str) -> dict | None:
+    """What ``save`` wrote, or None if there is no file.
+
+    Raises:
+        ValueError: if the file is damaged, is none of ours, or belongs to other settings; it is
+            left as it is.
+    """
+    if not file.exists():
+        return None
+    advice = "move it away to start anew"
+    try:
+        whole = torch.load(file, weights_only=True, map_location="cpu")
+    except Exception as error:  # torch raises many kinds for a truncated or foreign file
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise ValueError(f"{file} is damaged or no checkpoint ({reason}); {advice}") from error
+    found = whole.get("format") if isinstance(whole, dict) else type(whole).__name__
+    if found != FORMAT:
+        raise ValueError(f"{file} is no checkpoint of bpfree (expected {FORMAT!r}, got {found!r})")
+    if digest(whole["content"]) != whole["digest"]:
+        raise ValueError(f"{file} is damaged: its checksum does not match; {advice}")
+    if whole["fingerprint"] != fingerprint:
+        raise ValueError(f"{file} belongs to a run with other settings or data; {advice}")
+    return whole["content"]

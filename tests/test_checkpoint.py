@@ -1,0 +1,260 @@
+"""Interrupted runs: the same bits as without the interruption, and nothing finished is lost."""
+
+import dataclasses
+import json
+import os
+import random
+import signal
+import time
+from functools import partial
+
+import pytest
+import torch
+
+import bpfree
+from bpfree import checkpoint, cli, recipes, results, train
+from bpfree.recipes import Recipe
+
+SMALL = Recipe(
+    name="small",
+    data="digits",
+    network=("mlp", (64, 32, 10), {"dropout": 0.2}),
+    rule="KolenPollack",
+    options={},
+    epochs=6,
+    lr=0.05,
+    weight_decay=1e-3,
+    milestones=(4,),
+    seeds=(0, 1),
+)
+NOT_COMPARED = ("seconds",)
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    monkeypatch.setitem(recipes.RECIPES, "small", SMALL)
+    return tmp_path
+
+
+def curves(folder):
+    runs = results.read("small", folder)["runs"]
+    return {s: {k: v for k, v in r.items() if k not in NOT_COMPARED} for s, r in runs.items()}
+
+
+def run(folder, *args):
+    return cli.main(["run", "small", "--quiet", "--results", str(folder), *args])
+
+
+def fitted(**changes):
+    """A short vectorised run; its trained parameters and loss."""
+    keywords = dict(epochs=4, seeds=(0, 1), vectorize=True, batch_size=128, probe=32)
+    keywords |= dict(optimizer=partial(torch.optim.Adam, lr=1e-3)) | changes
+    return bpfree.fit(SMALL.make, bpfree.load(), **keywords)
+
+
+def bits(a):
+    return {
+        f"{i}.{name}": p.detach().clone()
+        for i, rule in enumerate(a.rules)
+        for name, p in rule.params().items()
+    }
+
+
+def interrupt(monkeypatch, after):
+    """Let training stop as if its time were up after so many epochs."""
+    epochs = iter(range(10**6))
+    original = train.Lockstep.train
+
+    def limited(self, rate):
+        if next(epochs) >= after:
+            raise train.OutOfTime("test")
+        return original(self, rate)
+
+    monkeypatch.setattr(train.Lockstep, "train", limited)
+
+
+def test_fifty_kills_at_random_moments_change_no_bit(folder, tmp_path_factory):
+    run(tmp_path_factory.mktemp("warm"))  # imports and caches are not to be timed
+    whole = tmp_path_factory.mktemp("whole")
+    start = time.monotonic()
+    run(whole)
+    duration = time.monotonic() - start
+    rng, kills, finished = random.Random(0), 0, 0
+    expected = curves(whole)
+    target = folder / "0"
+    while kills < 50:
+        pid = os.fork()
+        if pid == 0:
+            os._exit(run(target))
+        time.sleep(rng.uniform(0, min(0.6 * duration, 0.5)))
+        os.kill(pid, signal.SIGKILL)
+        _, status = os.waitpid(pid, 0)
+        if os.WIFSIGNALED(status):
+            kills += 1
+        else:  # it had ended: compare, and start another
+            finished += 1
+            assert curves(target) == expected
+            assert not list(target.glob("*.ckpt"))
+            target = folder / str(finished)
+    assert run(target) == 0
+    assert curves(target) == expected
+    assert finished + 1 >= 2  # runs did end between kills, so kills also met resumed ones
+
+
+@pytest.mark.parametrize("after", [1, 3])
+@pytest.mark.parametrize("vectorize", [True, False])
+def test_resumed_parameters_and_curves_are_those_of_an_uninterrupted_run(
+    tmp_path, monkeypatch, after, vectorize
+):
+    whole = fitted(vectorize=vectorize)
+    with monkeypatch.context() as patch:
+        interrupt(patch, after)
+        with pytest.raises(train.OutOfTime):
+            fitted(vectorize=vectorize, checkpoint=tmp_path / "c")
+    resumed = fitted(vectorize=vectorize, checkpoint=tmp_path / "c")
+    for name, p in bits(whole).items():
+        assert torch.equal(p, bits(resumed)[name]), name
+    for field in ("train_loss", "train_accuracy", "test_accuracy", "angle", "norm"):
+        assert torch.equal(getattr(whole, field), getattr(resumed, field)), field
+
+
+def test_finished_checkpoint_trains_nothing_again(tmp_path, monkeypatch):
+    first = fitted(checkpoint=tmp_path / "c")
+    interrupt(monkeypatch, after=0)
+    again = fitted(checkpoint=tmp_path / "c")
+    assert torch.equal(first.train_loss, again.train_loss)
+
+
+def test_checkpoint_holds_no_pickled_code(tmp_path):
+    fitted(checkpoint=tmp_path / "c")
+    whole = torch.load(tmp_path / "c", weights_only=True)
+    assert set(whole["content"]["lockstep"]) == {"params", "state", "optimizer", "generators"}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"optimizer": partial(torch.optim.Adam, lr=2e-3)},
+        {"schedule": lambda epoch: 0.5},
+        {"seeds": (0, 2)},
+        {"batch_size": 64},
+        {"epochs": 5},
+    ],
+    ids=lambda c: next(iter(c)),
+)
+def test_checkpoint_of_other_settings_is_refused_and_left_alone(tmp_path, changes):
+    file = tmp_path / "c"
+    fitted(checkpoint=file)
+    before = file.read_bytes()
+    with pytest.raises(ValueError, match="other settings or data"):
+        fitted(checkpoint=file, **changes)
+    assert file.read_bytes() == before
+
+
+def test_damaged_or_foreign_checkpoint_is_named_and_left_alone(tmp_path):
+    file = tmp_path / "c"
+    checkpoint.save(file, {"w": torch.arange(1000.0)}, "f")
+    good = file.read_bytes()
+    place = good.index(torch.arange(1000.0).numpy().tobytes()[:400]) + 200
+    flipped = good[:place] + bytes([good[place] ^ 1]) + good[place + 1 :]
+    torch.save({"w": torch.zeros(3)}, tmp_path / "foreign")
+    foreign = (tmp_path / "foreign").read_bytes()
+    for content in (good[: len(good) // 2], b"", b"hello", flipped, foreign):
+        file.write_bytes(content)
+        with pytest.raises(ValueError, match=str(file)):
+            checkpoint.load(file, "f")
+        assert file.read_bytes() == content
+
+
+def test_checkpoint_round_trips_every_kind_of_value(tmp_path):
+    content = {"a": [torch.tensor(1.5, dtype=torch.bfloat16), None, 3], "b": {"c": torch.empty(0)}}
+    checkpoint.save(tmp_path / "c", content, "f")
+    assert checkpoint.digest(checkpoint.load(tmp_path / "c", "f")) == checkpoint.digest(content)
+    assert checkpoint.load(tmp_path / "nothing", "f") is None
+
+
+def test_full_disk_is_one_clear_error_and_loses_nothing(folder, monkeypatch, capsys):
+    run(folder, "--seeds", "0")
+    before = results.path("small", folder).read_bytes()
+
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint.os, "fsync", full)
+    assert run(folder) == 2
+    assert "No space left on device" in capsys.readouterr().err
+    assert results.path("small", folder).read_bytes() == before
+    assert [f.name for f in folder.iterdir()] == ["small.json"]
+    monkeypatch.undo()
+    monkeypatch.setitem(recipes.RECIPES, "small", SMALL)
+    assert run(folder) == 0
+    assert list(curves(folder)) == ["0", "1"]
+
+
+def test_budget_stops_in_time_and_the_same_command_goes_on(folder, tmp_path_factory, capsys):
+    whole = tmp_path_factory.mktemp("whole")
+    run(whole)
+    slices = 0
+    while (status := run(folder, "--budget", "0.05s")) == 3:
+        slices += 1
+        assert "the same command goes on from there" in capsys.readouterr().err
+    assert status == 0
+    assert slices >= 2
+    assert curves(folder) == curves(whole)
+
+
+def test_all_works_through_recipes_and_says_which_lack_data(folder, monkeypatch, capsys):
+    lacking = dataclasses.replace(SMALL, name="lacking", data="mnist")
+    monkeypatch.setattr(recipes, "RECIPES", {"lacking": lacking, "small": SMALL})
+    monkeypatch.setenv("BPFREE_DATA", str(folder / "nowhere"))
+    args = ["run", "--all", "--quiet", "--results", str(folder)]
+    assert cli.main(args) == 0
+    printed = capsys.readouterr().out
+    assert "lacking: not run" in printed
+    assert "small: " in printed
+    before = results.path("small", folder).read_bytes()
+    assert cli.main(args) == 0
+    assert results.path("small", folder).read_bytes() == before
+
+
+@pytest.mark.parametrize("args", [[], ["small", "--all"]])
+def test_run_wants_names_or_all(args, folder, capsys):
+    assert cli.main(["run", *args]) == 2
+    assert "--all" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("budget", ["9", "m", "", "-1s", "nans", "infs", "9x"])
+def test_malformed_budget_is_refused(budget, capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["run", "--all", f"--budget={budget}"])
+    assert repr(budget) in capsys.readouterr().err
+
+
+def test_diverged_run_stops_and_is_recorded_as_diverged(folder, monkeypatch, capsys):
+    wild = dataclasses.replace(SMALL, lr=1e20, rule="Backprop")
+    monkeypatch.setitem(recipes.RECIPES, "small", wild)
+    assert run(folder, "--seeds", "0") == 0
+    one = results.read("small", folder)["runs"]["0"]
+    assert one["diverged"] == 1
+    assert one["train_loss"] == [None] * SMALL.epochs
+    assert results.final(results.read("small", folder)) == []
+    assert "small: diverged" in capsys.readouterr().out
+    text = json.dumps(json.loads(results.path("small", folder).read_text()), allow_nan=False)
+    assert "NaN" not in text
+
+
+def test_one_diverged_seed_does_not_stop_or_change_the_others():
+    def make(generator):
+        rule = SMALL.make(generator)
+        if generator.initial_seed() == 1:
+            with torch.no_grad():
+                rule.net[0].linear.weight.fill_(torch.nan)
+        return rule
+
+    common = dict(epochs=3, batch_size=128, optimizer=partial(torch.optim.SGD, lr=0.1))
+    with pytest.raises(FloatingPointError, match=r"\{1: 1\}") as caught:
+        bpfree.fit(make, bpfree.load(), seeds=(0, 1), vectorize=True, **common)
+    both = caught.value.run
+    alone = bpfree.fit(make, bpfree.load(), seeds=(0,), **common)
+    assert both.diverged == [None, 1]
+    torch.testing.assert_close(both.train_loss[:1], alone.train_loss)
