@@ -27,6 +27,10 @@ ACTIVATIONS: dict[str, tuple[Callable, Callable]] = {
 }
 
 
+# deterministic, parameter-free, each sample by itself: so the local derivative is well defined
+POOLS = (nn.MaxPool1d, nn.AvgPool1d, nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d)
+
+
 class Trace(NamedTuple):
     """What block l computed on one batch."""
 
@@ -43,7 +47,7 @@ class Block(nn.Module):
     Args:
         linear: an ``nn.Linear`` (its input is flattened first) or a zero-padded ``nn.Conv2d``.
         activation: a name in ``ACTIVATIONS`` or any elementwise function of a tensor.
-        pool: a parameter-free module applied after the activation, such as ``nn.MaxPool2d(2)``.
+        pool: one of ``POOLS``, applied after the activation, such as ``nn.MaxPool2d(2)``.
         dropout: probability in [0, 1) of silencing a unit. Active only where a mask is passed.
 
     Raises:
@@ -69,8 +73,11 @@ class Block(nn.Module):
             raise ValueError(
                 f"activation must be a function or one of {sorted(ACTIVATIONS)}, got {activation!r}"
             )
-        if pool is not None and list(pool.parameters()):
-            raise ValueError(f"pool must have no parameters, got {pool}")
+        if pool is not None and type(pool) not in POOLS:
+            names = ", ".join(p.__name__ for p in POOLS)
+            raise TypeError(f"pool must be one of torch.nn's {names}, or None, got {pool!r}")
+        if isinstance(activation, nn.Module) and activation.state_dict():
+            raise ValueError(f"activation must have no parameters or buffers, got {activation}")
         if not 0 <= dropout < 1:
             raise ValueError(f"dropout must be in [0, 1), got {dropout}")
         self.linear, self.activation, self.pool, self.dropout = linear, activation, pool, dropout

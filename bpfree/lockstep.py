@@ -38,7 +38,9 @@ class Lockstep:
         self.net, self.dtype = rules[0].net, rules[0].net.weights()[0].dtype
         self.params = _stack([r.params() for r in rules])
         self.state = _stack([r.state() for r in rules])
-        self.opt = optimizer(list(self.params.values()))
+        learning = [name for name, p in rules[0].params().items() if p.requires_grad]
+        self.learning = {name: self.params[name] for name in learning}
+        self.opt = optimizer(list(self.learning.values()))
         self.rates = [group["lr"] for group in self.opt.param_groups]
         over_seeds = torch.vmap if len(rules) > 1 else lambda f, in_dims=None: f
         self._step = over_seeds(self._one_step)
@@ -69,7 +71,7 @@ class Lockstep:
             masks = _stack([self.net.masks(size, g) for g in self.generators])
             inputs = self.data.inputs(x[batch], self.dtype)
             step_loss, hit, grads = self._step(self.params, self.state, inputs, y[batch], masks)
-            for name, p in self.params.items():
+            for name, p in self.learning.items():
                 p.grad = grads[name]
             self.opt.step()
             loss, accuracy = loss + step_loss, accuracy + hit

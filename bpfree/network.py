@@ -54,6 +54,10 @@ class Network(nn.Sequential):
             if blocks[0].is_conv:
                 raise ValueError("input_shape=(channels, height, width) is needed for a Conv2d")
             input_shape = (blocks[0].linear.in_features,)
+        if blocks[0].is_conv and len(input_shape) != 3:
+            raise ValueError(
+                f"input_shape must be (channels, height, width), got {tuple(input_shape)}"
+            )
         self.input_shape = tuple(input_shape)
         self.shapes = self._activity_shapes()
 
@@ -77,6 +81,11 @@ class Network(nn.Sequential):
         first = range(len(self))[index].start
         shape = self.shapes[first - 1] if first else self.input_shape
         return Network(*list(self)[index], input_shape=shape)
+
+    def _fixed(self, *args) -> None:
+        raise TypeError("a Network's shapes are fixed: build a new one with Network(*blocks)")
+
+    append = extend = insert = pop = __setitem__ = __delitem__ = _fixed
 
     @property
     def num_classes(self) -> int:
@@ -200,11 +209,13 @@ def convnet(
     Raises:
         ValueError: if the shapes do not fit, or ``pool`` has another length than ``channels``.
     """
-    if len(input_shape) != 3:
-        raise ValueError(f"input_shape must be (channels, height, width), got {tuple(input_shape)}")
     pools = [pool] * len(channels) if isinstance(pool, int) else list(pool)
     if len(pools) != len(channels):
         raise ValueError(f"pool must have one entry per convolution ({len(channels)}), got {pool}")
+    if padding is None and kernel_size % 2 == 0:
+        raise ValueError(
+            f"an even kernel_size cannot keep the size: give padding, got {kernel_size}"
+        )
     padding = kernel_size // 2 if padding is None else padding
     blocks, c_in = [], input_shape[0]
     for c_out, side in zip(channels, pools, strict=True):

@@ -134,7 +134,8 @@ class Rule(nn.Module):
             masks = self.net.masks(len(x), generator)
         trace, state = self.first_pass(params, state, x, masks)
         logits = trace[-1].h
-        log_p = F.log_softmax(logits, 1)
+        # in bfloat16 the errors of a trained network would round to zero
+        log_p = F.log_softmax(logits, 1, dtype=torch.promote_types(logits.dtype, torch.float32))
         target = (y[:, None] == torch.arange(logits.shape[1], device=y.device)).to(log_p.dtype)
         loss = -(log_p * target).sum(1).mean()
         signals = self.signals(params, state, trace, log_p.exp() - target, target)

@@ -85,8 +85,9 @@ def fit(
         deadline: ``time.monotonic()`` by which to stop, at the end of an epoch.
 
     Raises:
-        ValueError: for epochs < 1, no or repeated seeds, a batch larger than the training set, or a
-            checkpoint that is damaged, foreign, or of other settings.
+        ValueError: for epochs < 1, no or repeated seeds, a batch larger than the training set,
+            fewer classes than the data, one network for several seeds, or a checkpoint that is
+            damaged, foreign, or of other settings.
         OutOfTime: if the deadline comes first.
         Diverged: a ``FloatingPointError``, at the end, if the loss of a seed was not finite.
         OSError: if a checkpoint cannot be written; the one before it is whole.
@@ -108,6 +109,7 @@ def fit(
             generators = [torch.Generator().manual_seed(seed) for seed in group]
             made = [make(generator) for generator in generators]
             for rule in made:
+                _check_rule(rule, data, rules + made)
                 rule.to(device).net.to(device).train()
             lockstep = Lockstep(made, generators, data, batch_size, optimizer)
             file = None if checkpoint is None else Path(checkpoint)
@@ -119,9 +121,22 @@ def fit(
     diverged = [None if bad < 0 else int(bad) for bad in joined.pop().tolist()]
     run = Run(rules, *joined, diverged, seconds)
     if any(diverged):
-        bad = {seed: epoch for seed, epoch in zip(seeds, diverged, strict=True) if epoch}
-        raise Diverged(f"training diverged, by seed and epoch: {bad}", run)
+        by_epoch: dict[int, list[int]] = {}
+        for seed, epoch in zip(seeds, diverged, strict=True):
+            if epoch:
+                by_epoch.setdefault(epoch, []).append(seed)
+        where = ", ".join(f"epoch {e} for seeds {by_epoch[e]}" for e in sorted(by_epoch))
+        raise Diverged(f"training diverged in {where}", run)
     return run
+
+
+def _check_rule(rule: Rule, data: Data, rules: list[Rule]) -> None:
+    if rule.net.num_classes < data.num_classes:
+        raise ValueError(
+            f"the network has {rule.net.num_classes} classes, {data.name} has {data.num_classes}"
+        )
+    if sum(other.net[0].linear.weight is rule.net[0].linear.weight for other in rules) > 1:
+        raise ValueError("make must build a new network for each seed, got the same one twice")
 
 
 @torch.no_grad()

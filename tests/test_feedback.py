@@ -58,7 +58,9 @@ def test_signals_and_gradients_of_an_mlp_are_the_equations(name, mlp):
 
 
 @every_rule
-@pytest.mark.parametrize("activation", ["relu", "sigmoid", torch.sin], ids=str)
+@pytest.mark.parametrize(
+    "activation", ["relu", "sigmoid", torch.sin], ids=("relu", "sigmoid", "sin")
+)
 def test_signals_and_gradients_of_a_pooled_convnet_are_the_equations(name, activation):
     net, x, y = conv_problem(activation=activation)
     rule = RULES[name](net, generator=generator())

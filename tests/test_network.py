@@ -360,8 +360,8 @@ REFUSED = {
     ),
     "no activation": (lambda: Block(nn.Linear(2, 3), None), ValueError, "None"),
     "pool with parameters": (
-        lambda: Block(nn.Conv2d(1, 2, 3), pool=nn.Conv2d(2, 2, 1)), ValueError,
-        "no parameters.*Conv2d.2, 2",
+        lambda: Block(nn.Conv2d(1, 2, 3), pool=nn.Conv2d(2, 2, 1)), TypeError,
+        "pool must be.*got Conv2d.2, 2",
     ),
     "dropout one": (lambda: Block(nn.Linear(2, 3), dropout=1.0), ValueError, r"\[0, 1\).*1\.0"),
     "dropout negative": (lambda: Block(nn.Linear(2, 3), dropout=-0.1), ValueError, r"-0\.1"),
@@ -398,6 +398,9 @@ REFUSED = {
     "pools too many": (
         lambda: bpfree.convnet((1, 8, 8), (2,), num_classes=2, pool=(2, 2)), ValueError,
         r"\(1\).*\(2, 2\)",
+    ),
+    "growing in place": (
+        lambda: bpfree.mlp(4, 3).append(Block(nn.Linear(3, 2))), TypeError, "Network",
     ),
     "pooled away": (
         lambda: bpfree.convnet((1, 4, 4), (2, 2), num_classes=2, pool=4), ValueError,

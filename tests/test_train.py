@@ -248,6 +248,13 @@ def test_bad_arguments_are_refused_by_name(case, few_digits):
         fit(maker(), few_digits, **{"epochs": 1, "batch_size": 10} | options)
 
 
+@pytest.mark.parametrize("vectorize", [True, False])
+def test_one_network_for_several_seeds_is_refused(vectorize, few_digits):
+    net = bpfree.mlp(64, 10)
+    with pytest.raises(ValueError, match="same one twice"):
+        fit(lambda g: bpfree.Backprop(net), few_digits, epochs=1, seeds=[0, 1], vectorize=vectorize)
+
+
 def test_a_network_with_fewer_classes_than_the_data_is_refused(few_digits):
     def make(g):
         return bpfree.Backprop(bpfree.mlp(64, 5, generator=g))

@@ -119,7 +119,9 @@ class KolenPollack(Backprop):
         return params[f"rule.B{l}"]
 
     def own_grads(self, grads):
-        return {f"rule.B{l}": grads[f"{l - 1}.linear.weight"] for l in range(2, len(self.net) + 1)}
+        # copies: two parameters must not share the memory of a gradient that is added to in place
+        layers = range(2, len(self.net) + 1)
+        return {f"rule.B{l}": grads[f"{l - 1}.linear.weight"].clone() for l in layers}
 
 
 class DirectFeedbackAlignment(Rule):
