@@ -48,7 +48,7 @@ class Lockstep:
         self._align = over_seeds(self._one_align, in_dims=(0, 0, None, None))
 
     def _one_step(self, params, state, x, y, masks):
-        u = self.rules[0].update(params, state, x, y, masks=masks)
+        u = self.rules[0].update(params, state, x, y, masks=masks, keep_signals=False)
         return u.loss, (u.logits.argmax(1) == y).double().mean(), u.grads
 
     def _one_hits(self, params, x, y):
@@ -61,6 +61,10 @@ class Lockstep:
         """One epoch at ``rate`` times the learning rate: mean loss and accuracy (%), each (S,)."""
         for group, lr in zip(self.opt.param_groups, self.rates, strict=True):
             group["lr"] = rate * lr
+        for s, (rule, generator) in enumerate(zip(self.rules, self.generators, strict=True)):
+            mine = [self._of_seed(tensors, s) for tensors in (self.params, self.state)]
+            for name, value in rule.refresh(*mine, generator).items():
+                mine[1][name].copy_(value)
         x, y, size = self.data.train_x, self.data.train_y, self.batch_size
         orders = [torch.randperm(len(x), generator=g) for g in self.generators]
         order = orders[0] if len(orders) == 1 else torch.stack(orders)
@@ -89,6 +93,9 @@ class Lockstep:
         angle, norm = self._align(self.params, self.state, x, y)
         return self._per_seed(angle), self._per_seed(norm)
 
+    def _of_seed(self, tensors: dict[str, Tensor], s: int) -> dict[str, Tensor]:
+        return tensors if len(self.rules) == 1 else {k: t[s] for k, t in tensors.items()}
+
     def _per_seed(self, value: Tensor) -> Tensor:
         return (value if len(self.rules) > 1 else value[None]).double().cpu()
 
@@ -113,8 +120,8 @@ class Lockstep:
         """Give each rule and its network what they have learned."""
         if len(self.rules) > 1:
             for s, rule in enumerate(self.rules):
-                for name, p in rule.params().items():
-                    p.copy_(self.params[name][s])
+                for name, p in {**rule.params(), **rule.state()}.items():
+                    p.copy_({**self.params, **self.state}[name][s])
 
 
 def _stack(dicts: list[dict]) -> dict:

@@ -114,6 +114,13 @@ class Network(nn.Sequential):
                 masks[l] = keep / (1 - block.dropout)
         return masks
 
+    def block_trace(
+        self, l: int, params: dict[str, Tensor], h: Tensor, mask: Tensor | None = None
+    ) -> Trace:
+        """Block l's forward pass on its input h_{l-1}, with the weights in ``params``."""
+        weight, bias = params[f"{l - 1}.linear.weight"], params.get(f"{l - 1}.linear.bias")
+        return self[l - 1].trace(h, weight, bias, mask)
+
     def trace(
         self,
         params: dict[str, Tensor],
@@ -125,13 +132,10 @@ class Network(nn.Sequential):
 
         ``first`` is block 1's, where it is known already; ``x`` is not used then.
         """
-        traces = [] if first is None else [first]
-        h = x if first is None else first.h
-        for l in range(len(traces) + 1, len(self) + 1):
-            name, mask = f"{l - 1}.linear", (masks or {}).get(l)
-            weight, bias = params[f"{name}.weight"], params.get(f"{name}.bias")
-            traces.append(self[l - 1].trace(h, weight, bias, mask))
-            h = traces[-1].h
+        masks = masks or {}
+        traces = [self.block_trace(1, params, x, masks.get(1)) if first is None else first]
+        for l in range(2, len(self) + 1):
+            traces.append(self.block_trace(l, params, traces[-1].h, masks.get(l)))
         return traces
 
 

@@ -10,6 +10,7 @@ does the rest, the same for all:
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
@@ -28,7 +29,7 @@ class Update(NamedTuple):
     loss: Tensor  # mean cross-entropy of the batch, a scalar, in nats
     logits: Tensor  # (B, C)
     grads: dict[str, Tensor]  # keyed and shaped like ``Rule.params()``
-    signals: list[Signal]  # (r_l, delta_l) for l = 1..L
+    signals: list[Signal]  # (r_l, delta_l) for l = 1..L; [] where they were not to be kept
 
 
 class Rule(nn.Module):
@@ -76,8 +77,8 @@ class Rule(nn.Module):
         trace: list[Trace],
         error: Tensor,
         target: Tensor,
-    ) -> list[Signal]:
-        """(r_l, delta_l) for l = 1..L; delta_l has the shape of a_l.
+    ) -> Iterable[Signal]:
+        """(r_l, delta_l) for l = 1..L in this order; delta_l has the shape of a_l.
 
         Args:
             params: as ``params()``; read weights here, never from ``self.net``.
@@ -97,6 +98,12 @@ class Rule(nn.Module):
     ) -> tuple[list[Trace], dict[str, Tensor]]:
         """The forward pass, and the state, to which it may add what ``signals`` needs of it."""
         return self.net.trace(params, x, masks), state
+
+    def refresh(
+        self, params: dict[str, Tensor], state: dict[str, Tensor], generator: torch.Generator
+    ) -> dict[str, Tensor]:
+        """New values of parts of the state, asked for before each epoch; {} if nothing changes."""
+        return {}
 
     def own_grads(self, grads: dict[str, Tensor]) -> dict[str, Tensor]:
         """Gradients of what the rule itself learns, from those of the weights; keys ``rule.*``."""
@@ -122,6 +129,7 @@ class Rule(nn.Module):
         y: Tensor,
         generator: torch.Generator | None = None,
         masks: dict[int, Tensor] | None = None,
+        keep_signals: bool = True,
     ) -> Update:
         """One step's loss, logits, gradients and signals: a pure function, nothing is written.
 
@@ -129,6 +137,7 @@ class Rule(nn.Module):
             params, state: as ``params()`` and ``state()`` give them, or doctored copies.
             x: inputs (B, *input_shape), float. y: classes (B,), int64 in 0..C-1. Not checked here.
             generator: source of dropout masks. masks: the masks themselves, as ``net.masks`` gives.
+            keep_signals: return them too; otherwise each is freed when its gradient is there.
         """
         if masks is None:
             masks = self.net.masks(len(x), generator)
@@ -139,11 +148,14 @@ class Rule(nn.Module):
         target = (y[:, None] == torch.arange(logits.shape[1], device=y.device)).to(log_p.dtype)
         loss = -(log_p * target).sum(1).mean()
         signals = self.signals(params, state, trace, log_p.exp() - target, target)
-        grads = {}
+        del trace
+        grads, kept = {}, []
         for l, (block, (r, delta)) in enumerate(zip(self.net, signals, strict=True)):
+            if keep_signals:
+                kept.append((r, delta))
             for name, grad in block.outer(delta / len(x), r).items():
                 grads[f"{l}.linear.{name}"] = grad
-        return Update(loss, logits, {**grads, **self.own_grads(grads)}, signals)
+        return Update(loss, logits, {**grads, **self.own_grads(grads)}, kept)
 
     def backward(self, x: Tensor, y: Tensor) -> Tensor:
         """Accumulate the rule's gradients into ``.grad``, as ``loss.backward()`` would.
@@ -159,7 +171,7 @@ class Rule(nn.Module):
         """
         check_batch(self.net, x, y)
         params = self.params()
-        update = self.update(params, self.state(), x, y.long(), self.generator)
+        update = self.update(params, self.state(), x, y.long(), self.generator, keep_signals=False)
         for name, p in params.items():
             if p.requires_grad:
                 grad = update.grads[name].to(p.dtype)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
@@ -10,10 +11,12 @@ import torch.nn.functional as F
 from ..block import Block, Trace
 from ..network import Network, uniform
 from ..rule import Rule, Signal
+from .mirroring import factors, mirrored
 
 OUTPUT_ERRORS = ("second", "first")
 CONV_SCALINGS = ("mean", "sum", "released")
 PRESYNAPTIC = ("second", "first", "time-local")
+MIRROR_RATE = 0.1  # step of a factor per batch of noise, relative to its norm
 
 
 class PEPITA(Rule):
@@ -38,11 +41,16 @@ class PEPITA(Rule):
         presynaptic: r_l from the ``"second"`` pass, or the ``"first"`` (Hebbian in the first pass's
             activity); ``"time-local"`` pairs each pass's h_l with the same pass's h_{l-1}, so that
             no activity has to wait for the other pass.
+        mirroring: batches of noise from which F = B_1 ... B_L, then factored, learns the weights
+            before each epoch of ``fit`` (see ``refresh``); 0: F is fixed. Buffers ``B1`` .. ``BL``.
         cheap: block 1 is linear before its activation, so a_1^err = a_1 + e (W_1 F)^T. The C images
             of F ride along in the first pass; the second needs no product with the input. Exact.
+        saving: store no activity but compute the first pass again, beside the second: peak memory
+            of two consecutive blocks, for one more forward pass (MEMPEPITA, Pau & Aymone).
 
     Raises:
-        ValueError: for an option out of these, or a network of one block.
+        ValueError: for an option out of these, a network of one block, or mirroring asked of a
+            network that is no product of matrices.
     """
 
     def __init__(
@@ -53,7 +61,9 @@ class PEPITA(Rule):
         sign: int = +1,
         conv_scaling: str = "mean",
         presynaptic: str = "second",
+        mirroring: int = 0,
         cheap: bool = True,
+        saving: bool = False,
         generator: torch.Generator | None = None,
     ):
         super().__init__(net, generator)
@@ -70,41 +80,78 @@ class PEPITA(Rule):
             raise ValueError(f"feedback_scale must be a positive number, got {feedback_scale}")
         if len(net) < 2:
             raise ValueError("PEPITA needs a hidden block, got a network of 1 block")
-        self.output_error, self.sign, self.cheap = output_error, sign, cheap
+        if mirroring < 0:
+            raise ValueError(f"mirroring must be a number of batches >= 0, got {mirroring}")
+        self.output_error, self.sign, self.mirroring = output_error, sign, mirroring
         self.conv_scaling, self.presynaptic = conv_scaling, presynaptic
+        self.cheap, self.saving = cheap, saving
         size = math.prod(net.input_shape)
-        F = uniform((size, net.num_classes), feedback_scale * math.sqrt(6 / size), generator)
-        self.register_buffer("F", F.to(net.weights()[0]))
+        bound = feedback_scale * math.sqrt(6 / size)
+        if mirroring:  # the product has the standard deviation of the uniform draw
+            B = factors(net, bound / math.sqrt(3), generator)
+            for l, factor in enumerate(B, 1):
+                self.register_buffer(f"B{l}", factor)
+            feedback = torch.linalg.multi_dot(B)
+        else:
+            feedback = uniform((size, net.num_classes), bound, generator).to(net.weights()[0])
+        self.register_buffer("F", feedback)
+
+    @torch.no_grad()
+    def refresh(self, params, state, generator):
+        """Mirror the weights as they are; F keeps about its size, and comes to point along them."""
+        if not self.mirroring:
+            return {}
+        names = [f"B{l}" for l in range(1, len(self.net) + 1)]
+        B = mirrored(
+            self.net, params, [state[n] for n in names], self.mirroring, MIRROR_RATE, -self.sign,
+            generator,
+        )  # fmt: skip
+        return {**dict(zip(names, B, strict=True)), "F": torch.linalg.multi_dot(B)}
 
     def first_pass(self, params, state, x, masks):
-        if not self.cheap:
-            return super().first_pass(params, state, x, masks)
-        block, batch = self.net[0], len(x)
-        images = state["F"].T.reshape(-1, *x.shape[1:]).to(x.dtype)
-        r, a = block.pre(torch.cat([x, images]), params["0.linear.weight"])
-        a, W1F = a[:batch], a[batch:]
-        bias = params.get("0.linear.bias")
-        if bias is not None:  # added here, since the images of F must not carry it
-            a = a + bias.reshape(-1, *[1] * (a.dim() - 2))
-        first = block.post(r[:batch], a, masks.get(1))
-        return self.net.trace(params, x, masks, first), {**state, "W1F": W1F}
-
-    def signals(self, params, state, trace: list[Trace], error, target) -> list[Signal]:
-        sent = self.sign * error
-        x = trace[0].r
-        x_err = x + (sent @ state["F"].T).reshape(x.shape)
-        masks = {l: t.mask for l, t in enumerate(trace, 1) if t.mask is not None}
-        first = None
+        state, first = {**state, "x": x, **{f"mask{l}": m for l, m in masks.items()}}, None
         if self.cheap:
-            a_err = trace[0].a + torch.tensordot(sent, state["W1F"], 1)
-            first = self.net[0].post(x_err, a_err, trace[0].mask)
-        second = self.net.trace(params, x_err, masks, first)
+            block, batch = self.net[0], len(x)
+            images = state["F"].T.reshape(-1, *x.shape[1:]).to(x.dtype)
+            r, a = block.pre(torch.cat([x, images]), params["0.linear.weight"])
+            a, state["W1F"] = a[:batch], a[batch:]
+            bias = params.get("0.linear.bias")
+            if bias is not None:  # added here, since the images of F must not carry it
+                a = a + bias.reshape(-1, *[1] * (a.dim() - 2))
+            first = block.post(r[:batch], a, masks.get(1))
+        if not self.saving:
+            return self.net.trace(params, x, masks, first), state
+        t = self.net.block_trace(1, params, x, masks.get(1)) if first is None else first
+        del first
+        for l in range(2, len(self.net) + 1):
+            t = self.net.block_trace(l, params, t.h, masks.get(l))
+        return [t], state
+
+    def _passes(self, params, state, trace, sent) -> Iterator[tuple[Trace, Trace]]:
+        """Each block's first and second pass, upwards."""
+        x = state["x"]
+        x_err = x + (sent @ state["F"].T).reshape(x.shape)
+        for l in range(1, len(self.net) + 1):
+            mask = state.get(f"mask{l}")
+            if not self.saving:
+                t = trace[l - 1]
+            else:
+                t = self.net.block_trace(l, params, x if l == 1 else t.h, mask)
+            if l == 1 and self.cheap:
+                a_err = t.a + torch.tensordot(sent, state["W1F"], 1)
+                t_err = self.net[0].post(x_err.reshape(t.r.shape), a_err, mask)
+            else:
+                t_err = self.net.block_trace(l, params, x_err if l == 1 else t_err.h, mask)
+            yield t, t_err
+
+    def signals(self, params, state, trace, error, target) -> Iterator[Signal]:
+        passes = self._passes(params, state, trace, self.sign * error)
+        for l, (t, t_err) in enumerate(passes, 1):
+            if l < len(self.net):
+                yield self._hidden(self.net[l - 1], t, t_err)
         if self.output_error == "second":
-            error = F.softmax(second[-1].h, 1) - target
-        return [
-            *(self._hidden(*each) for each in zip(self.net, trace[:-1], second, strict=False)),
-            (trace[-1].r if self.presynaptic == "first" else second[-1].r, error),
-        ]
+            error = F.softmax(t_err.h, 1) - target
+        yield (t if self.presynaptic == "first" else t_err).r, error
 
     def _hidden(self, block: Block, t: Trace, t_err: Trace) -> Signal:
         """Block l's signal from its two passes."""

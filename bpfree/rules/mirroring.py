@@ -1,0 +1,67 @@
+"""Weight mirroring: feedback learns the forward weights from noise (chapter 3).
+
+A layer that is fed noise correlates its output with its input. The mean of that correlation is
+proportional to its weights, so feedback can copy them without ever reading them (Akrout et al.
+2019, arXiv 1904.05391; for PEPITA arXiv 2302.05440).
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from ..network import Network
+
+NOISE = 0.1  # standard deviation of the noise, as in the released code
+BATCH = 64
+
+
+def factors(net: Network, scale: float, generator: torch.Generator | None) -> list[Tensor]:
+    """[B_1, ..., B_L], normal, B_l (n_{l-1}, n_l), whose product has entries of sd ``scale``.
+
+    Raises:
+        ValueError: for a network with a convolution or a bias, which is no product of matrices.
+    """
+    for l, block in enumerate(net, 1):
+        if block.is_conv or block.linear.bias is not None:
+            raise ValueError(
+                "mirroring factors F along fully connected blocks without bias, "
+                f"got {block.linear} in block {l}"
+            )
+    shapes = [tuple(reversed(w.shape)) for w in net.weights()]
+    hidden = math.prod(n for _, n in shapes[:-1])
+    sd = (scale / math.sqrt(hidden)) ** (1 / len(shapes))
+    device = generator.device if generator is not None else None
+    draws = [torch.randn(s, generator=generator, device=device) for s in shapes]
+    return [sd * draw.to(w) for draw, w in zip(draws, net.weights(), strict=True)]
+
+
+def mirrored(
+    net: Network,
+    params: dict[str, Tensor],
+    B: list[Tensor],
+    steps: int,
+    rate: float,
+    sign: int,
+    generator: torch.Generator | None,
+) -> list[Tensor]:
+    """B after ``steps`` batches of noise through each block by itself; each keeps its norm.
+
+    B_l moves along E[xi^T phi_l(xi W_l^T)], which is proportional to W_l^T. ``sign`` multiplies it
+    in block 1 alone, so that the product comes to point along sign * (W_L ... W_1)^T.
+    """
+    mirrored = []
+    for l, (block, feedback) in enumerate(zip(net, B, strict=True), 1):
+        W, norm = params[f"{l - 1}.linear.weight"], feedback.norm()
+        for _ in range(steps):
+            device = generator.device if generator is not None else W.device
+            noise = torch.randn(BATCH, W.shape[1], generator=generator, device=device).to(W)
+            xi = NOISE * (noise - noise.mean())
+            correlation = xi.T @ block.act(xi @ W.T) / BATCH
+            direction = (sign if l == 1 else 1) * correlation / correlation.norm()
+            feedback = feedback + rate * norm * direction
+            feedback = feedback * (norm / feedback.norm())
+        mirrored.append(feedback)
+    return mirrored
