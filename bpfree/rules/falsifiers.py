@@ -23,7 +23,8 @@ def shuffled(rule: type[Rule]) -> type[Rule]:
     """The same rule, except that each sample's hidden teaching signals are another sample's.
 
     Signals move by one place along the batch, whose order is random in training. Their sizes and
-    their mean over the batch stay; what is lost is which sample they belong to.
+    their mean over the batch stay; what is lost is which sample they belong to. A batch of one
+    sample stays as it is.
     """
 
     class Shuffled(rule):
