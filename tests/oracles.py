@@ -7,6 +7,7 @@ chain, never from ``Block.local_vjp`` or ``Block.outer``.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from contextlib import contextmanager
 from functools import partial
@@ -19,6 +20,16 @@ from torch import Tensor, nn
 
 import bpfree
 
+# PEPITA teaches with a second pass on another input; each option is in one of these at least, but
+# mirroring, which takes no bias and no convolution
+TWO_PASS: dict[str, Callable[..., bpfree.Rule]] = {
+    "pepita": bpfree.PEPITA,
+    "pepita-minus": partial(bpfree.PEPITA, sign=-1, output_error="first"),
+    "pepita-local": partial(bpfree.PEPITA, presynaptic="time-local", cheap=False),
+    "pepita-saving": partial(
+        bpfree.PEPITA, saving=True, presynaptic="first", conv_scaling="sum"
+    ),
+}
 # every rule with every option that changes its signal; the keys are the tests' ids
 RULES: dict[str, Callable[..., bpfree.Rule]] = {
     "backprop": bpfree.Backprop,
@@ -29,9 +40,12 @@ RULES: dict[str, Callable[..., bpfree.Rule]] = {
     "dfa": bpfree.DirectFeedbackAlignment,
     "drtp": bpfree.DRTP,
     "frozen": bpfree.Frozen,
+    **TWO_PASS,
 }
+# those whose last block learns as under backprop: r_l = h_{l-1}, delta_L = e, no hidden block needed
+ONE_PASS = [name for name in RULES if name not in TWO_PASS]
 # those with feedback of their own: random draws that differ from one generator to another
-WITH_FEEDBACK = ("fa", "sign-fixed", "kp", "dfa", "drtp")
+WITH_FEEDBACK = ("fa", "sign-fixed", "kp", "dfa", "drtp", *TWO_PASS)
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "identity": lambda a: a * 1,
@@ -115,6 +129,14 @@ def assert_same(ours: dict[str, Tensor], theirs: dict[str, Tensor], **tolerance)
 
 def relative_error(ours: Tensor, theirs: Tensor) -> float:
     return float((ours - theirs).norm() / theirs.norm())
+
+
+def check_uniform(B: Tensor, bound: float, nonnegative: bool = False) -> None:
+    """B looks like independent draws from U(-bound, bound), or from U(0, bound)."""
+    assert 0.98 * bound < B.abs().max() <= bound
+    assert (B.min() >= 0) == nonnegative
+    expected = bound / 2 if nonnegative else 0
+    assert abs(float(B.mean()) - expected) < 5 * bound / math.sqrt(B.numel())
 
 
 def hidden_weights(net: bpfree.Network) -> list[str]:
@@ -215,6 +237,11 @@ class Cut:
         self.a = block.linear(self.r).detach().requires_grad_()
         self.h = plain_phi(block, self.a, mask)
 
+    def unpooled(self) -> Tensor:
+        """The activity, in a block with pooling the one before the pool: PEPITA's h."""
+        h = self.h if self.block.pool is None else plain_activation(self.block, self.a)
+        return h.detach()
+
     def slope_times(self, v: Tensor) -> Tensor:
         """phi' * v."""
         return torch.autograd.grad(self.h, self.a, v.reshape(self.h.shape), retain_graph=True)[0]
@@ -233,6 +260,58 @@ class Cut:
         return dict(zip(parameters, grads, strict=True))
 
 
+def cut_up(net: bpfree.Network, x: Tensor, masks: dict[int, Tensor] | None) -> list[Cut]:
+    """Every block of a forward pass on x, cut out."""
+    cuts = []
+    for l, block in enumerate(net, 1):
+        cuts.append(Cut(block, x, (masks or {}).get(l)))
+        x = cuts[-1].h.detach()
+    return cuts
+
+
+def two_passes(
+    net: bpfree.Network,
+    feedback: Tensor,
+    x: Tensor,
+    y: Tensor,
+    masks: dict[int, Tensor] | None = None,
+    *,
+    sign: int = 1,
+    output_error: str = "second",
+    conv_scaling: str = "mean",
+    presynaptic: str = "second",
+    **_,  # cheap, saving: the same numbers
+) -> tuple[list[Tensor], dict[str, Tensor]]:
+    """Teaching signals and gradients of PEPITA; the time-local signal is both its terms."""
+    first = cut_up(net, x, masks)
+    e, _ = error_and_target(first[-1].h.detach(), y)
+    second = cut_up(net, x + sign * (e @ feedback.T).reshape(x.shape), masks)
+    if output_error == "second":
+        e, _ = error_and_target(second[-1].h.detach(), y)
+    deltas, grads = [], {}
+    for l, (one, two) in enumerate(zip(first, second, strict=True)):
+        teacher = one if presynaptic == "first" else two
+        h, h_err = one.unpooled(), two.unpooled()
+        if l == len(net) - 1:
+            terms = [(teacher, e)]
+        elif presynaptic == "time-local":
+            terms = [(one, h), (two, -h_err)]
+        else:
+            terms = [(teacher, h - h_err)]
+        positions, scale = h[0, 0].numel(), 1
+        if h.dim() == 4:
+            scale = {"sum": 1, "mean": 1 / positions, "released": -1 / positions / len(x)}[
+                conv_scaling
+            ]
+        terms = [(cut, scale * delta) for cut, delta in terms]
+        deltas.append(torch.cat([delta for _, delta in terms]))
+        for cut, delta in terms:
+            for key, grad in cut.gradients(delta).items():
+                name = f"{l}.linear.{key}"
+                grads[name] = grads.get(name, 0) + grad
+    return deltas, grads
+
+
 def block_by_block(
     name: str,
     net: bpfree.Network,
@@ -242,11 +321,11 @@ def block_by_block(
     masks: dict[int, Tensor] | None = None,
 ) -> tuple[list[Tensor], dict[str, Tensor]]:
     """Teaching signals [delta_1 .. delta_L] and gradients of any chain of blocks."""
-    cuts, h, L = {}, x, len(net)
-    for l, block in enumerate(net, 1):
-        cuts[l] = Cut(block, h, (masks or {}).get(l))
-        h = cuts[l].h.detach()
-    e, t = error_and_target(h, y)
+    if name in TWO_PASS:
+        options = getattr(RULES[name], "keywords", {})
+        return two_passes(net, fixed["F"], x, y, masks, **options)
+    cuts, L = dict(enumerate(cut_up(net, x, masks), 1)), len(net)
+    e, t = error_and_target(cuts[L].h.detach(), y)
     W = {l: block.linear.weight.detach() for l, block in enumerate(net, 1)}
     deltas = {L: e}
     for l in range(L - 1, 0, -1):
@@ -315,3 +394,4 @@ def convnets(draw, activation=activations, linear_only: bool = False) -> Problem
 
 
 problems = st.one_of(mlps(), convnets())
+deep_problems = problems.filter(lambda problem: len(problem.net) > 1)  # with a hidden block

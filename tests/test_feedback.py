@@ -1,15 +1,18 @@
-"""The rules of chapter 2 and the falsifiers against the equations of the book."""
+"""Every rule against the equations of the book; what the rules of chapter 2 have of their own."""
 
 import math
 
 import pytest
 import torch
 from oracles import (
+    ONE_PASS,
     RULES,
+    TWO_PASS,
     WITH_FEEDBACK,
     assert_same,
     autograd_grads,
     block_by_block,
+    check_uniform,
     conv_problem,
     copies,
     generator,
@@ -33,6 +36,7 @@ from bpfree import (
 )
 
 every_rule = pytest.mark.parametrize("name", RULES)
+one_pass = pytest.mark.parametrize("name", ONE_PASS)
 every_shuffled = pytest.mark.parametrize("name", [n for n in RULES if n != "frozen"])
 
 
@@ -51,7 +55,7 @@ def check_closed_form(rule, expected, x, y, **options):
 # ---- closed forms --------------------------------------------------------------------------------
 
 
-@every_rule
+@one_pass
 def test_signals_and_gradients_of_an_mlp_are_the_equations(name, mlp):
     rule = RULES[name](mlp.net, generator=generator())
     check_closed_form(rule, written_out(name, mlp.net, fixed_of(rule), mlp.x, mlp.y), *mlp[1:])
@@ -85,7 +89,7 @@ def test_gradients_without_biases_are_the_equations(name):
     assert not any("bias" in key for key in update_of(rule, x, y).grads)
 
 
-@every_rule
+@one_pass
 def test_the_last_block_learns_as_under_backprop(name, either):
     net, x, y = either
     grads = update_of(RULES[name](net, generator=generator()), x, y).grads
@@ -170,14 +174,6 @@ def test_defaults_are_the_documented_ones(mlp):
 # ---- shapes, ranges and homes of feedback --------------------------------------------------------
 
 
-def check_uniform(B, bound, nonnegative=False):
-    size = B.abs().max()
-    assert 0.98 * bound < size <= bound
-    assert (B.min() >= 0) == nonnegative
-    expected = bound / 2 if nonnegative else 0
-    assert abs(float(B.mean()) - expected) < 5 * bound / math.sqrt(B.numel())
-
-
 @pytest.mark.parametrize("scale", [1.0, 0.25])
 @pytest.mark.parametrize(
     "rule, letter",
@@ -224,9 +220,13 @@ def test_what_is_fixed_is_a_buffer_and_what_learns_is_a_parameter(name, mlp):
     rule = RULES[name](mlp.net, generator=generator())
     fixed, learned = set(rule.state()), {k for k in rule.params() if k.startswith("rule.")}
     letters = {"fa": "B", "kp": "B", "sign-unit": "S", "sign-fixed": "S"}
-    keys = {"dfa": {"D1", "D2"}, "drtp": {"D1", "D2"}, "backprop": set(), "frozen": set()}.get(
-        name, {f"{letters.get(name)}{l}" for l in (2, 3)}
-    )
+    keys = {
+        "dfa": {"D1", "D2"},
+        "drtp": {"D1", "D2"},
+        "backprop": set(),
+        "frozen": set(),
+        **dict.fromkeys(TWO_PASS, {"F"}),
+    }.get(name, {f"{letters.get(name)}{l}" for l in (2, 3)})
     assert set(rule.state_dict()) == keys
     assert fixed == (set() if name == "kp" else keys)
     assert learned == ({f"rule.{k}" for k in keys} if name == "kp" else set())
