@@ -169,7 +169,7 @@ class DRTP(DirectFeedbackAlignment):
         delta_l = phi_l'(a_l) * (y D_l),    y one-hot,    delta_L = e
 
     So a hidden block can be updated before the output exists. The signal does not vanish as the
-    network learns: bounded activations, or a small ``feedback_scale``, keep the weights bounded.
+    network learns: with ReLU the weights grow for ever, at any scale; bounded activations stop it.
     """
 
     def broadcast(self, error, target):
