@@ -29,12 +29,8 @@ class Lockstep:
         batch_size: int,
         optimizer: Callable[[Iterable[Tensor]], Optimizer],
     ):
-        self.rules, self.generators, self.data, self.batch_size = (
-            rules,
-            generators,
-            data,
-            batch_size,
-        )
+        self.rules, self.generators = rules, generators
+        self.data, self.batch_size = data, batch_size
         self.net, self.dtype = rules[0].net, rules[0].net.weights()[0].dtype
         self.params = _stack([r.params() for r in rules])
         self.state = _stack([r.state() for r in rules])

@@ -151,8 +151,26 @@ def _pepita_table_1() -> list[Recipe]:
     return cells
 
 
+def _pepita_follow_up(table: list[Recipe]) -> list[Recipe]:
+    """Chapter 3: mirroring, and three hidden layers, otherwise as in Table 1.
+
+    The follow-up's own settings are not known to us.
+    """
+    cells = []
+    for base in (r for r in table if r.rule == "PEPITA" and r.network[0] == "mlp"):
+        kind, (n_in, width, classes), keywords = base.network
+        new = partial(dataclasses.replace, base, source="arXiv 2302.05440", paper=None)
+        cells.append(new(name=f"{base.name}-mirrored", options={"mirroring": 20}))
+        deep = (kind, (n_in, width, width, width, classes), keywords)
+        cells.append(new(name=f"{base.name}-3-hidden", network=deep))
+    return cells
+
+
+_TABLE_1 = _pepita_table_1()
 # by priority: `bpfree run --all` works through them in this order
-RECIPES: dict[str, Recipe] = {r.name: r for r in (*_mnist_fc(), *_pepita_table_1())}
+RECIPES: dict[str, Recipe] = {
+    r.name: r for r in (*_mnist_fc(), *_TABLE_1, *_pepita_follow_up(_TABLE_1))
+}
 
 
 def get(name: str) -> Recipe:
