@@ -7,6 +7,8 @@ import math
 import sys
 import time
 
+import torch
+
 from . import bench, recipes, results
 from .train import OutOfTime
 
@@ -24,6 +26,16 @@ def _seeds(text: str) -> list[int]:
     if not seeds or min(seeds) < 0:
         raise argparse.ArgumentTypeError(f"seeds must look like 0:3, 5 or 0,4; got {text!r}")
     return seeds
+
+
+def _device(text: str) -> str:
+    """A device that this machine has."""
+    try:
+        torch.empty(0, device=text)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise argparse.ArgumentTypeError(f"no device {text!r} here: {reason}") from error
+    return text
 
 
 def _duration(text: str) -> float:
@@ -55,13 +67,13 @@ def _parser() -> argparse.ArgumentParser:
         help="stop in time, such as 9m or 90s or 2h; the same command goes on from there",
     )  # fmt: skip
     run.add_argument("--seeds", type=_seeds, help="0:3, 5 or 0,4 (default: the recipe's)")
-    run.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
+    run.add_argument("--device", type=_device, default="cpu", help="cpu or cuda (default: cpu)")
     run.add_argument("--data", metavar="DIR", help="folder of the data sets (else BPFREE_DATA)")
     run.add_argument("--results", **folder)
     run.add_argument("--quiet", action="store_true", help="no progress bar")
 
     time = commands.add_parser("bench", help="step times and memory of each rule beside autograd")
-    time.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
+    time.add_argument("--device", type=_device, default="cpu", help="cpu or cuda (default: cpu)")
     time.add_argument("--results", **folder)
 
     report = commands.add_parser("report", help="the table of the paper's numbers and ours")

@@ -157,8 +157,12 @@ def _train(
     curves: dict[str, list[Tensor]] = {name: [] for name in names}
     epoch, spent, bad = 0, 0.0, torch.full((len(seeds),), -1)
     shapes = {name: list(p.shape) for name, p in lockstep.params.items()}
+    # a rule's options, and its network's, are its plain attributes
+    plain = (str, int, float)
+    parts = [lockstep.rules[0], *lockstep.rules[0].net]
+    options = [{k: v for k, v in vars(p).items() if isinstance(v, plain)} for p in parts]
     settings = [
-        type(lockstep.rules[0]).__name__, shapes, seeds, rates, probe, lockstep.batch_size,
+        type(lockstep.rules[0]).__name__, options, shapes, seeds, rates, probe, lockstep.batch_size,
         lockstep.opt.defaults, lockstep.data.checksum if file else None,
     ]  # fmt: skip
     fingerprint = checkpoints.digest(settings)

@@ -59,7 +59,8 @@ MUTANTS = [
            'params[f"{l - 1}.linear.weight"]', "sign symmetry without sign",
            "test_equivalence.py::test_sign_symmetry_with_the_weights_magnitudes_is_backprop"),
     Mutant("rules/falsifiers.py", "delta.roll(1, 0)", "delta", "shuffled signals in their places",
-           "test_feedback.py::test_shuffling_gives_each_sample_the_hidden_signal_of_another"),
+           "test_feedback.py::"
+           "test_shuffling_gives_each_sample_the_hidden_signal_of_another[mlp-fa]"),
     Mutant("block.py", "v = v * t.mask", "pass", "dropout mask forgotten in the local derivative",
            "test_feedback.py::test_signals_and_gradients_under_dropout_are_the_equations"),
     Mutant("block.py", "torch.func.vjp(self.pool, t.z)", "torch.func.vjp(self.pool, t.a)",
@@ -91,6 +92,32 @@ MUTANTS = [
     Mutant("network.py", "torch.rand(shape, generator=generator, device=device) * 2",
            "torch.rand(shape, device=device) * 2", "weights from the global generator",
            "test_network.py::test_initial_weights_come_from_the_given_generator_alone"),
+    # ---- PEPITA and mirroring ----
+    Mutant("rules/pepita.py", "scale * (h - h_err)", "scale * (h_err - h)",
+           "hidden signal of the wrong sign", "test_pepita.py::"
+           "test_gradients_of_an_mlp_are_the_equations_with_one_mask_for_both_passes"),
+    Mutant("rules/pepita.py", "x_err if l == 1 else t_err.h, mask",
+           "x_err if l == 1 else t_err.h, None", "second pass without the dropout mask",
+           "test_pepita.py::"
+           "test_gradients_of_an_mlp_are_the_equations_with_one_mask_for_both_passes"),
+    Mutant("rules/pepita.py", 'register_buffer("F", feedback)',
+           'register_buffer("F", feedback, persistent=False)', "F left out of state_dict",
+           "test_feedback.py::test_what_is_fixed_is_a_buffer_and_what_learns_is_a_parameter[pepita]"),
+    Mutant("rules/pepita.py", "scale = -scale / len(h)", "scale = scale / len(h)",
+           "released scaling without its sign", "test_pepita.py::"
+           "test_sum_is_positions_times_the_mean_and_released_is_minus_the_mean_over_the_batch"),
+    Mutant("rules/pepita.py", "not self.saving:\n            return", "True:\n            return",
+           "saving keeps every activity", "test_measure.py::"
+           "test_memory_at_64_hidden_layers_beside_16_is_the_same_only_if_saving[saving]"),
+    Mutant("rules/mirroring.py", "(sign if l == 1 else 1) * correlation", "sign * correlation",
+           "mirrored product of the wrong sign at even depth", "test_pepita.py::"
+           "test_mirroring_turns_F_from_no_direction_to_minus_sign_times_the_transposed_weights"),
+    Mutant("lockstep.py", "rule.refresh(*mine, generator).items()", "{}.items()",
+           "feedback never refreshed", "test_pepita.py::"
+           "test_fit_refreshes_before_each_epoch_from_the_seeds_generator"),
+    Mutant("lockstep.py", "{**rule.params(), **rule.state()}.items()", "rule.params().items()",
+           "refreshed feedback not given back", "test_pepita.py::"
+           "test_vectorised_seeds_get_back_the_feedback_of_seeds_one_at_a_time"),
     # ---- networks ----
     Mutant("network.py", "keep / (1 - block.dropout)", "keep", "dropout not rescaled",
            "test_network.py::test_masks_are_zero_or_the_inverse_keep_probability"),
@@ -107,7 +134,7 @@ MUTANTS = [
     Mutant("train.py", "[torch.Generator().manual_seed(seed) for seed in group]",
            "[torch.Generator().manual_seed(group[0])] * len(group)", "seeds share a generator",
            "test_train.py::test_the_order_of_seeds_does_not_matter"),
-    Mutant("lockstep.py", "p.copy_(self.params[name][s])", "p.copy_(self.params[name][0])",
+    Mutant("lockstep.py", "**self.state}[name][s]", "**self.state}[name][0]",
            "every seed gets the first one's weights",
            "test_train.py::test_the_order_of_seeds_does_not_matter"),
     Mutant("lockstep.py", 'group["lr"] = rate * lr', 'group["lr"] = lr', "schedule without effect",

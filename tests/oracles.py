@@ -26,9 +26,7 @@ TWO_PASS: dict[str, Callable[..., bpfree.Rule]] = {
     "pepita": bpfree.PEPITA,
     "pepita-minus": partial(bpfree.PEPITA, sign=-1, output_error="first"),
     "pepita-local": partial(bpfree.PEPITA, presynaptic="time-local", cheap=False),
-    "pepita-saving": partial(
-        bpfree.PEPITA, saving=True, presynaptic="first", conv_scaling="sum"
-    ),
+    "pepita-saving": partial(bpfree.PEPITA, saving=True, presynaptic="first", conv_scaling="sum"),
 }
 # every rule with every option that changes its signal; the keys are the tests' ids
 RULES: dict[str, Callable[..., bpfree.Rule]] = {
@@ -42,7 +40,7 @@ RULES: dict[str, Callable[..., bpfree.Rule]] = {
     "frozen": bpfree.Frozen,
     **TWO_PASS,
 }
-# those whose last block learns as under backprop: r_l = h_{l-1}, delta_L = e, no hidden block needed
+# those with r_l = h_{l-1} and delta_L = e, which need no hidden block
 ONE_PASS = [name for name in RULES if name not in TWO_PASS]
 # those with feedback of their own: random draws that differ from one generator to another
 WITH_FEEDBACK = ("fa", "sign-fixed", "kp", "dfa", "drtp", *TWO_PASS)

@@ -27,6 +27,7 @@ SMALL = Recipe(
     milestones=(4,),
     seeds=(0, 1),
 )
+MIRRORED = dataclasses.replace(SMALL, rule="PEPITA", options={"mirroring": 2})
 NOT_COMPARED = ("seconds",)
 
 
@@ -45,18 +46,18 @@ def run(folder, *args):
     return cli.main(["run", "small", "--quiet", "--results", str(folder), *args])
 
 
-def fitted(**changes):
+def fitted(recipe=SMALL, **changes):
     """A short vectorised run; its trained parameters and loss."""
     keywords = dict(epochs=4, seeds=(0, 1), vectorize=True, batch_size=128, probe=32)
     keywords |= dict(optimizer=partial(torch.optim.Adam, lr=1e-3)) | changes
-    return bpfree.fit(SMALL.make, bpfree.load(), **keywords)
+    return bpfree.fit(recipe.make, bpfree.load(), **keywords)
 
 
 def bits(a):
     return {
         f"{i}.{name}": p.detach().clone()
         for i, rule in enumerate(a.rules)
-        for name, p in rule.params().items()
+        for name, p in {**rule.params(), **rule.state()}.items()
     }
 
 
@@ -101,17 +102,19 @@ def test_fifty_kills_at_random_moments_change_no_bit(folder, tmp_path_factory):
     assert finished + 1 >= 2  # runs did end between kills, so kills also met resumed ones
 
 
+@pytest.mark.parametrize("recipe", [SMALL, MIRRORED], ids=lambda r: r.rule)
 @pytest.mark.parametrize("after", [1, 3])
 @pytest.mark.parametrize("vectorize", [True, False])
 def test_resumed_parameters_and_curves_are_those_of_an_uninterrupted_run(
-    tmp_path, monkeypatch, after, vectorize
+    tmp_path, monkeypatch, after, vectorize, recipe
 ):
-    whole = fitted(vectorize=vectorize)
+    train_it = partial(fitted, recipe, vectorize=vectorize)
+    whole = train_it()
     with monkeypatch.context() as patch:
         interrupt(patch, after)
         with pytest.raises(train.OutOfTime):
-            fitted(vectorize=vectorize, checkpoint=tmp_path / "c")
-    resumed = fitted(vectorize=vectorize, checkpoint=tmp_path / "c")
+            train_it(checkpoint=tmp_path / "c")
+    resumed = train_it(checkpoint=tmp_path / "c")
     for name, p in bits(whole).items():
         assert torch.equal(p, bits(resumed)[name]), name
     for field in ("train_loss", "train_accuracy", "test_accuracy", "angle", "norm"):
@@ -139,6 +142,7 @@ def test_checkpoint_holds_no_pickled_code(tmp_path):
         {"seeds": (0, 2)},
         {"batch_size": 64},
         {"epochs": 5},
+        {"recipe": MIRRORED},
     ],
     ids=lambda c: next(iter(c)),
 )
@@ -148,6 +152,20 @@ def test_checkpoint_of_other_settings_is_refused_and_left_alone(tmp_path, change
     before = file.read_bytes()
     with pytest.raises(ValueError, match="other settings or data"):
         fitted(checkpoint=file, **changes)
+    assert file.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"sign": -1}, {"presynaptic": "first"}, {"mirroring": 2}],
+    ids=lambda o: next(iter(o)),
+)
+def test_checkpoint_of_other_options_of_the_rule_is_refused_and_left_alone(tmp_path, options):
+    pepita, file = dataclasses.replace(SMALL, rule="PEPITA", options={}), tmp_path / "c"
+    fitted(pepita, epochs=2, checkpoint=file)
+    before = file.read_bytes()
+    with pytest.raises(ValueError, match="other settings or data"):
+        fitted(dataclasses.replace(pepita, options=options), epochs=2, checkpoint=file)
     assert file.read_bytes() == before
 
 

@@ -12,17 +12,22 @@ from oracles import (
     block_by_block,
     convnets,
     copies,
+    error_and_target,
     generator,
     hidden_weights,
+    mlp_problem,
     mlps,
+    plain_activation,
     plain_logits,
     problems,
     relative_error,
     seeds,
+    smooth,
     update_of,
 )
 
 import bpfree
+from bpfree.measure import angle
 
 every_rule = pytest.mark.parametrize("name", RULES)
 
@@ -154,6 +159,150 @@ def test_with_one_hidden_block_feedback_alignment_is_direct(problem, seed):
     dfa = bpfree.DirectFeedbackAlignment(net, generator=generator(seed + 1))
     dfa.load_state_dict({"D1": fa.B2})
     assert_same(update_of(dfa, x, y).grads, update_of(fa, x, y).grads)
+
+
+# ---- PEPITA to first order -----------------------------------------------------------------------
+
+EPS = 1e-4
+curved = st.sampled_from(["tanh", "sigmoid", torch.sin])
+
+
+def assert_halves_with_eps(error, at=EPS):
+    """error(eps) is of order eps."""
+    whole, half = error(at), error(at / 2)
+    assume(half > 1e-8)  # not an error that is zero, where rounding is all there is
+    assert half < 0.1
+    assert 1.7 < whole / half < 2.3
+
+
+def pepita_grads(problem, feedback, **options):
+    net, x, y = problem
+    rule = bpfree.PEPITA(net, **options)
+    rule.load_state_dict({"F": feedback})
+    return update_of(rule, x, y).grads
+
+
+@st.composite
+def narrowing(draw, depth, activation):
+    """Networks whose hidden blocks are at most as wide as their inputs."""
+    widths = sorted(draw(st.lists(st.integers(1, 6), min_size=depth, max_size=depth)), reverse=True)
+    return mlp_problem(
+        *widths, draw(st.integers(2, 5)), size=draw(st.integers(1, 5)), seed=draw(seeds),
+        activation=draw(activation), bias=draw(st.booleans()),
+    )  # fmt: skip
+
+
+def orthonormal_rows(net):
+    """W_l W_l^T = I in every hidden block, the last weights as they are."""
+    with torch.no_grad():
+        for w in net.weights()[:-1]:
+            w.copy_(torch.linalg.qr(w.T)[0].T)
+
+
+def minus_transposed_product(net):
+    """-(W_L ... W_1)^T."""
+    return -torch.linalg.multi_dot([w.detach() for w in reversed(net.weights())]).T
+
+
+@given(narrowing(depth=2, activation=smooth))
+def test_T4_pepita_is_eps_backprop_if_one_hidden_block_and_W1_F_is_minus_eps_W2_transposed(problem):
+    W1, W2 = (w.detach() for w in problem.net.weights())
+    feedback = -torch.linalg.pinv(W1) @ W2.T
+    torch.testing.assert_close(W1 @ feedback, -W2.T)
+    assume(feedback.norm() < 100)  # so that eps * F is small
+    theirs = autograd_grads(*problem)
+    hidden, last = "0.linear.weight", "1.linear.weight"
+    assume(theirs[hidden].norm() > 1e-3)
+
+    def error(eps, name):
+        scale = eps if name == hidden else 1  # the output learns from e, at its full size
+        return relative_error(pepita_grads(problem, eps * feedback)[name] / scale, theirs[name])
+
+    assert_halves_with_eps(lambda eps: error(eps, hidden))
+    assert_halves_with_eps(lambda eps: error(eps, last))
+    wrong = pepita_grads(problem, EPS * feedback, sign=-1)
+    assert angle(wrong[hidden], theirs[hidden]) > 179
+    assert angle(wrong[last], theirs[last]) < 1
+
+
+@given(narrowing(depth=2, activation=smooth))
+def test_T4_fails_where_W1_F_has_another_direction(problem):
+    W1, W2 = (w.detach() for w in problem.net.weights())
+    other = W2.roll(1, 0)
+    theirs = autograd_grads(*problem)["0.linear.weight"]
+    e = error_and_target(plain_logits(problem.net, problem.x).detach(), problem.y)[0]
+    assume(theirs.norm() > 1e-3)
+    assume(relative_error(e @ other, e @ W2) > 0.5)
+    grads = pepita_grads(problem, -EPS * torch.linalg.pinv(W1) @ other.T)
+    assert relative_error(grads["0.linear.weight"] / EPS, theirs) > 0.01
+
+
+@given(st.integers(2, 4).flatmap(lambda d: narrowing(depth=d, activation=st.just("identity"))))
+def test_T5_pepita_is_eps_backprop_if_linear_and_hidden_rows_orthonormal_and_F_minus_eps_product(
+    problem,
+):
+    orthonormal_rows(problem.net)
+    feedback, theirs = minus_transposed_product(problem.net), autograd_grads(*problem)
+    for key in hidden_weights(problem.net):
+        assume(theirs[key].norm() > 1e-3)
+        assert_halves_with_eps(
+            lambda eps, key=key: relative_error(
+                pepita_grads(problem, eps * feedback)[key] / eps, theirs[key]
+            )
+        )
+        wrong = pepita_grads(problem, -EPS * feedback)
+        assert angle(wrong[key], theirs[key]) > 179
+
+
+@given(narrowing(depth=3, activation=st.just("identity")))
+def test_T5_fails_where_the_rows_of_W1_have_another_length(problem):
+    orthonormal_rows(problem.net)
+    with torch.no_grad():
+        problem.net[0].linear.weight.mul_(2)
+    feedback, theirs = minus_transposed_product(problem.net), autograd_grads(*problem)
+    assume(theirs["0.linear.weight"].norm() > 1e-3)
+    ours = pepita_grads(problem, EPS * feedback)["0.linear.weight"] / EPS
+    assert relative_error(ours, 4 * theirs["0.linear.weight"]) < 0.1
+
+
+@given(st.one_of(mlps(depth=(2, 4), activation=curved), convnets(activation=curved)), seeds)
+def test_T6_pepita_sends_block_1_the_error_through_minus_W1_F_to_first_order_in_F(problem, seed):
+    net, x, y = problem
+    rule = bpfree.PEPITA(net, conv_scaling="sum", generator=generator(seed))
+    feedback, linear = rule.F.clone(), net[0].linear
+    a = linear(x).detach().requires_grad_()
+    W1_F = linear(feedback.T.reshape(-1, *x.shape[1:])) - linear(0 * x[:1])  # without the bias
+    e, _ = error_and_target(plain_logits(net, x).detach(), y)
+    sent = -torch.tensordot(e, W1_F.detach(), 1)
+    expected = torch.autograd.grad(plain_activation(net[0], a), a, sent)[0]
+    assume(expected.norm() > 1e-6)
+
+    def error(eps):
+        rule.load_state_dict({"F": eps * feedback})
+        return relative_error(update_of(rule, x, y).signals[0][1] / eps, expected)
+
+    assert_halves_with_eps(error, at=0.01)
+
+
+@given(problem=mlps(depth=(2, 2), activation=curved), seed=seeds)
+def test_T6_with_one_hidden_block_pepita_is_feedback_alignment_with_feedback_minus_W1_F(
+    problem, seed
+):
+    net, x, y = problem
+    feedback = bpfree.PEPITA(net, generator=generator(seed)).F
+    fa = bpfree.FeedbackAlignment(net)
+    fa.load_state_dict({"B2": -(net.weights()[0].detach() @ feedback).T})
+    theirs = update_of(fa, x, y).grads["0.linear.weight"]
+    assume(theirs.norm() > 1e-5)
+    assert_halves_with_eps(
+        lambda eps: relative_error(
+            pepita_grads(problem, eps * feedback)["0.linear.weight"] / eps, theirs
+        ),
+        at=0.01,
+    )
+
+
+# ---- every rule ----------------------------------------------------------------------------------
 
 
 @every_rule

@@ -1,6 +1,7 @@
-"""Angles and norms against backprop."""
+"""Angles and norms against backprop; memory."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -13,8 +14,16 @@ from oracles import (
     update_of,
 )
 
-from bpfree import Backprop, DirectFeedbackAlignment, FeedbackAlignment, Frozen, alignment
-from bpfree.measure import angle
+import bpfree
+from bpfree import (
+    PEPITA,
+    Backprop,
+    DirectFeedbackAlignment,
+    FeedbackAlignment,
+    Frozen,
+    alignment,
+)
+from bpfree.measure import angle, peak_memory
 
 ONE, OTHER = torch.tensor([1.0, 0.0]), torch.tensor([0.0, 1.0])
 
@@ -121,3 +130,98 @@ def test_alignment_of_stacked_seeds_is_that_of_each(either):
         expected = alignment(rule, x, y)
         torch.testing.assert_close(measured[0][s], expected.angle, atol=1e-5, rtol=1e-7)
         torch.testing.assert_close(measured[1][s], expected.norm)
+
+
+# ---- memory --------------------------------------------------------------------------------------
+
+UNIT = 4000  # bytes of a thousand float32
+GIVEN = torch.ones(1000)
+
+
+def thousand():
+    return torch.ones(1000)
+
+
+def all_kept():
+    a = thousand()
+    b = a + 1
+    return a, b, b + 1
+
+
+def freed_on_the_way():
+    a = thousand()
+    b = a + 1
+    del a
+    return b + 1
+
+
+def viewed():
+    a = thousand()
+    return a[:10], a.reshape(10, 100).T, a.detach()
+
+
+def kept_by_a_view():
+    end = thousand()[-1:]
+    return end, thousand()
+
+
+def changed_in_place():
+    return thousand().add_(1).clamp_(0, 1)
+
+
+def saved_for_backward():
+    a = thousand().requires_grad_()
+    b = (2 * a).sin()  # its derivative needs 2 * a
+    return a, b
+
+
+SEQUENCES = {
+    all_kept: 3,
+    freed_on_the_way: 2,
+    viewed: 1,
+    kept_by_a_view: 2,
+    changed_in_place: 1,
+    saved_for_backward: 3,
+    lambda: GIVEN[:500]: 0,
+    lambda: GIVEN + 1: 1,
+    lambda: GIVEN.sort(): 3,  # values, and indices of twice the size
+    lambda: [thousand() for _ in range(5)]: 5,
+    lambda: [None for _ in range(5) if thousand() is None]: 1,
+}
+
+
+@pytest.mark.parametrize("f, units", SEQUENCES.items())
+def test_peak_memory_of_known_sequences(f, units):
+    assert [peak_memory(f), peak_memory(f)] == [units * UNIT] * 2
+
+
+def test_peak_memory_leaves_out_what_it_is_told():
+    left = []
+
+    def f():
+        left.extend([thousand(), GIVEN])
+        a = thousand()
+        left.append(a[:500])  # a view is left out with all its memory
+        return a + 1, a + 2
+
+    assert peak_memory(f) == 4 * UNIT
+    left.clear()
+    assert peak_memory(f, lambda: left) == 2 * UNIT
+
+
+SAVING = partial(PEPITA, saving=True)
+
+
+@pytest.mark.parametrize(
+    "make, least, most",
+    [(SAVING, 0.9, 1.1), (PEPITA, 3, 4), (Backprop, 3, 4)],
+    ids=("saving", "pepita", "backprop"),
+)
+def test_memory_at_64_hidden_layers_beside_16_is_the_same_only_if_saving(make, least, most):
+    def peak(depth):
+        net = bpfree.mlp(*[32] * (depth + 1), 10, generator=generator())
+        rule = make(net, generator=generator())
+        x, y = torch.rand(16, 32), torch.arange(16) % 10
+        return peak_memory(lambda: rule.backward(x, y), lambda: [p.grad for p in net.parameters()])
+
+    assert least <= peak(64) / peak(16) <= most

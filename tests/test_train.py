@@ -102,7 +102,7 @@ def test_the_order_of_seeds_does_not_matter(vectorize, few_digits):
 
 @pytest.mark.parametrize("vectorize", [True, False])
 def test_what_is_fixed_stays_and_what_learns_moves(vectorize, few_digits):
-    for name in ("fa", "dfa", "sign-fixed", "kp"):
+    for name in ("fa", "dfa", "sign-fixed", "kp", "pepita"):
         make, seeds = maker(name), [0, 1]
         run = fit(make, few_digits, epochs=1, seeds=seeds, vectorize=vectorize)
         for seed, rule in zip(seeds, run.rules, strict=True):

@@ -30,7 +30,11 @@ def shuffled(rule: type[Rule]) -> type[Rule]:
     class Shuffled(rule):
         def signals(self, *args):
             *hidden, last = super().signals(*args)
-            return [*((r, delta.roll(1, 0)) for r, delta in hidden), last]
+            batch = len(args[-1])  # a rule of two passes may have two rows per sample
+            return [
+                *((r, d.unflatten(0, (-1, batch)).roll(1, 1).flatten(0, 1)) for r, d in hidden),
+                last,
+            ]
 
     Shuffled.__name__ = Shuffled.__qualname__ = f"Shuffled{rule.__name__}"
     return Shuffled

@@ -46,7 +46,10 @@ class PEPITA(Rule):
         cheap: block 1 is linear before its activation, so a_1^err = a_1 + e (W_1 F)^T. The C images
             of F ride along in the first pass; the second needs no product with the input. Exact.
         saving: store no activity but compute the first pass again, beside the second: peak memory
-            of two consecutive blocks, for one more forward pass (MEMPEPITA, Pau & Aymone).
+            of two consecutive blocks (and of the dropout masks), for one more forward pass
+            (MEMPEPITA, Pau & Aymone).
+
+    In bfloat16 the small differences h_l - h_l^err lose digits; a larger ``feedback_scale`` helps.
 
     Raises:
         ValueError: for an option out of these, a network of one block, or mirroring asked of a
@@ -80,8 +83,8 @@ class PEPITA(Rule):
             raise ValueError(f"feedback_scale must be a positive number, got {feedback_scale}")
         if len(net) < 2:
             raise ValueError("PEPITA needs a hidden block, got a network of 1 block")
-        if mirroring < 0:
-            raise ValueError(f"mirroring must be a number of batches >= 0, got {mirroring}")
+        if not isinstance(mirroring, int) or mirroring < 0:
+            raise ValueError(f"mirroring must be a number of batches >= 0, got {mirroring!r}")
         self.output_error, self.sign, self.mirroring = output_error, sign, mirroring
         self.conv_scaling, self.presynaptic = conv_scaling, presynaptic
         self.cheap, self.saving = cheap, saving
@@ -130,7 +133,8 @@ class PEPITA(Rule):
     def _passes(self, params, state, trace, sent) -> Iterator[tuple[Trace, Trace]]:
         """Each block's first and second pass, upwards."""
         x = state["x"]
-        x_err = x + (sent @ state["F"].T).reshape(x.shape)
+        sent = sent.to(x.dtype)
+        x_err = x + (sent @ state["F"].T).to(x.dtype).reshape(x.shape)
         for l in range(1, len(self.net) + 1):
             mask = state.get(f"mask{l}")
             if not self.saving:
@@ -138,7 +142,7 @@ class PEPITA(Rule):
             else:
                 t = self.net.block_trace(l, params, x if l == 1 else t.h, mask)
             if l == 1 and self.cheap:
-                a_err = t.a + torch.tensordot(sent, state["W1F"], 1)
+                a_err = t.a + (sent @ state["W1F"].flatten(1)).reshape(t.a.shape)
                 t_err = self.net[0].post(x_err.reshape(t.r.shape), a_err, mask)
             else:
                 t_err = self.net.block_trace(l, params, x_err if l == 1 else t_err.h, mask)

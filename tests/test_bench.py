@@ -1,0 +1,116 @@
+"""The bench: ratios round by round, the recorded file, the table, the command."""
+
+import json
+from functools import partial
+
+import pytest
+
+import bpfree
+from bpfree import bench, cli
+
+ARMS = ("autograd", "Backprop", "PEPITA")
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """The bench on tiny networks, two rules and few rounds."""
+    networks = {
+        "6-5-4": (lambda g: bpfree.mlp(6, 5, 4, dropout=0.1, generator=g), 8),
+        "conv": (lambda g: bpfree.convnet((1, 6, 6), (2,), num_classes=3, generator=g), 4),
+    }
+    changes = {
+        "NETWORKS": networks,
+        "RULES": {name: getattr(bpfree, name) for name in ARMS[1:]},
+        "DEPTHS": (4, 8),
+        "WIDTH": 64,
+        "DEPTH_BATCH": 16,
+        "steps": partial(bench.steps, rounds=3, repeats=1),
+        "seeds": partial(bench.seeds, counts=(1, 2), rounds=1),
+    }
+    for name, value in changes.items():
+        monkeypatch.setattr(bench, name, value)
+
+
+# ---- comparison ----------------------------------------------------------------------------------
+
+
+def test_compare_gives_the_median_of_the_ratios_within_rounds_after_a_warm_up(monkeypatch):
+    seconds = {"base": [99, 1, 2, 10], "other": [0, 3, 2, 10]}  # the first is the warm-up
+    clocks, calls = {name: iter(s) for name, s in seconds.items()}, []
+
+    def timed(arm, repeats, device):
+        calls.append((arm, repeats, device))
+        return next(clocks[arm]) / 1e3
+
+    monkeypatch.setattr(bench, "_seconds", timed)
+    rows = bench.compare({n: n for n in seconds}, "base", rounds=3, repeats=7, device="meta")
+    # ratios 3, 1, 1; the ratio of the medians would be 1.5
+    assert rows == {
+        "base": {"median_ms": 2, "min_ms": 1, "max_ms": 10, "ratio": 1},
+        "other": {"median_ms": 3, "min_ms": 2, "max_ms": 10, "ratio": 1},
+    }
+    turns = [("base", repeats, "meta") for repeats in (2, 7, 7, 7)]
+    assert calls[::2] == turns
+    assert calls[1::2] == [("other", *turn[1:]) for turn in turns]
+
+
+def test_seconds_are_those_of_one_call(monkeypatch):
+    calls, clock = [], iter([10.0, 13.0])
+    monkeypatch.setattr(bench.time, "perf_counter", lambda: next(clock))
+    assert bench._seconds(lambda: calls.append(1), 6, "cpu") == 0.5
+    assert len(calls) == 6
+
+
+# ---- the record and the table --------------------------------------------------------------------
+
+
+def test_run_writes_what_it_returns_with_every_network_arm_and_depth(small, tmp_path):
+    content = bench.run("cpu", tmp_path)
+    assert [file.name for file in tmp_path.iterdir()] == ["bench-cpu.json"]
+    read = json.loads((tmp_path / "bench-cpu.json").read_text())
+    assert read == json.loads(json.dumps(content))
+    assert set(read) == {
+        "steps", "memory_MB", "memory_setting", "seeds",
+        "device", "machine", "python", "torch", "commit",
+    }  # fmt: skip
+    assert list(read["steps"]) == ["6-5-4, batch 8", "conv, batch 4"]
+    times = {"median_ms", "min_ms", "max_ms", "ratio"}
+    for rows in read["steps"].values():
+        assert tuple(rows) == ARMS
+        assert rows["autograd"]["ratio"] == 1
+        for row in rows.values():
+            assert set(row) == {*times, "images_per_s"}
+            assert 0 < row["min_ms"] <= row["median_ms"] <= row["max_ms"]
+            assert row["images_per_s"] > 0
+    assert tuple(read["memory_MB"]) == ARMS
+    for depths in read["memory_MB"].values():
+        assert list(depths) == ["4", "8"]
+        assert 0 < depths["4"] < depths["8"]
+    assert read["memory_setting"] == {"width": 64, "batch": 16}
+    assert {count: set(row) for count, row in read["seeds"].items()} == {"1": times, "2": times}
+    assert read["seeds"]["1"]["ratio"] == 1
+
+
+def test_table_has_one_row_per_arm_and_one_column_per_network():
+    rows = {name: {"ratio": 1 + i / 8, "median_ms": 2.5} for i, name in enumerate(bench.RULES)}
+    steps = {title: {"autograd": {"ratio": 1.0, "median_ms": 4.0}, **rows} for title in ("a", "b")}
+    head, rule, *body = bench.table({"steps": steps}).splitlines()
+    assert head == "| rule | a | b |"
+    assert rule == "|---|---|---|"
+    assert body[0] == "| autograd | 1.00 (4.00 ms) | 1.00 (4.00 ms) |"
+    assert body[1:] == [f"| {n} | {1 + i / 8:.2f} | {1 + i / 8:.2f} |" for i, n in enumerate(rows)]
+
+
+def test_the_command_records_and_prints_the_table(small, tmp_path, capsys):
+    assert cli.main(["bench", "--results", str(tmp_path)]) == 0
+    recorded = json.loads((tmp_path / "bench-cpu.json").read_text())
+    assert capsys.readouterr().out == bench.table(recorded) + "\n"
+
+
+def test_a_device_that_is_none_is_one_clear_error(small, tmp_path, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(["bench", "--device", "gpu", "--results", str(tmp_path)])
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert "gpu" in captured.err
+    assert list(tmp_path.iterdir()) == []
