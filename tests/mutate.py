@@ -58,7 +58,7 @@ MUTANTS = [
     Mutant("rules/feedback.py", 'torch.sign(params[f"{l - 1}.linear.weight"])',
            'params[f"{l - 1}.linear.weight"]', "sign symmetry without sign",
            "test_equivalence.py::test_sign_symmetry_with_the_weights_magnitudes_is_backprop"),
-    Mutant("rules/falsifiers.py", "delta.roll(1, 0)", "delta", "shuffled signals in their places",
+    Mutant("rules/falsifiers.py", ".roll(1, 1)", "", "shuffled signals in their places",
            "test_feedback.py::"
            "test_shuffling_gives_each_sample_the_hidden_signal_of_another[mlp-fa]"),
     Mutant("block.py", "v = v * t.mask", "pass", "dropout mask forgotten in the local derivative",
