@@ -164,6 +164,17 @@ def test_page_has_no_broken_image_or_local_link(page):
     assert [t for t in local if not (file.parent / t).resolve().exists()] == []
 
 
+@on_pages
+def test_page_shows_no_raw_markup(page):
+    soup = BeautifulSoup((HTML / f"{page}.html").read_text(), "html.parser")
+    for tag in soup.find_all(["pre", "code", "script", "style"]):
+        tag.decompose()
+    text = soup.find("article").get_text()
+    assert not re.findall(
+        r"^\|.*\|$|:::|\$\$|\{(?:ref|eq|cite|numref|prf)[^}]*\}`", text, flags=re.M
+    )
+
+
 def test_pages_typeset_mathematics_without_a_network():
     html = (HTML / f"{PAGES[1]}.html").read_text()
     scripts = [s["src"] for s in BeautifulSoup(html, "html.parser").find_all("script", src=True)]
