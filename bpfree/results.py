@@ -145,7 +145,9 @@ def manifest(device: str) -> dict:
     if commit and git("status", "--porcelain", "--", "bpfree"):
         commit += "+changes"
     cuda = torch.device(device).type == "cuda"
-    name = torch.cuda.get_device_name(device) if cuda else f"CPU, {torch.get_num_threads()} threads"
+    threads = torch.get_num_threads()
+    cpu = f"CPU, {threads} thread{'s' * (threads > 1)}"
+    name = torch.cuda.get_device_name(device) if cuda else cpu
     return {
         "device": name,
         "machine": platform.machine(),
