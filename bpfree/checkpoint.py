@@ -87,8 +87,10 @@ def load(file: Path, fingerprint: str) -> dict | None:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise ValueError(f"{file} is damaged or no checkpoint ({reason}); {advice}") from error
     found = whole.get("format") if isinstance(whole, dict) else type(whole).__name__
-    if found != FORMAT:
-        raise ValueError(f"{file} is no checkpoint of bpfree (expected {FORMAT!r}, got {found!r})")
+    if found != FORMAT or not {"content", "digest", "fingerprint"} <= set(whole):
+        raise ValueError(
+            f"{file} is no checkpoint of bpfree (expected {FORMAT!r}, got {found!r}); {advice}"
+        )
     if digest(whole["content"]) != whole["digest"]:
         raise ValueError(f"{file} is damaged: its checksum does not match; {advice}")
     if whole["fingerprint"] != fingerprint:

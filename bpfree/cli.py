@@ -10,6 +10,7 @@ import time
 import torch
 
 from . import bench, recipes, results
+from .data import DamagedFile
 from .train import OutOfTime
 
 
@@ -23,15 +24,17 @@ def _seeds(text: str) -> list[int]:
             seeds = [int(part) for part in text.split(",")]
     except ValueError:
         seeds = []
-    if not seeds or min(seeds) < 0:
-        raise argparse.ArgumentTypeError(f"seeds must look like 0:3, 5 or 0,4; got {text!r}")
+    if not seeds or min(seeds) < 0 or max(seeds) >= 2**63 or len(set(seeds)) < len(seeds):
+        raise argparse.ArgumentTypeError(
+            f"seeds must look like 0:3, 5 or 0,4, all distinct; got {text!r}"
+        )
     return seeds
 
 
 def _device(text: str) -> str:
     """A device that this machine has."""
     try:
-        torch.empty(0, device=text)
+        torch.zeros(1, device=text).item()
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise argparse.ArgumentTypeError(f"no device {text!r} here: {reason}") from error
@@ -94,7 +97,7 @@ def _list(args: argparse.Namespace) -> None:
 
 def _run(args: argparse.Namespace) -> None:
     if args.all == bool(args.names):
-        raise ValueError("name the recipes to run, or say --all (bpfree list)")
+        raise ValueError("name the recipes to run, or say --all, not both (bpfree list)")
     deadline = None if args.budget is None else time.monotonic() + args.budget
     for recipe in [recipes.get(name) for name in args.names or recipes.RECIPES]:
         try:
@@ -102,7 +105,7 @@ def _run(args: argparse.Namespace) -> None:
                 recipe, args.seeds or recipe.seeds, data_root=args.data, device=args.device,
                 folder=args.results, progress=not args.quiet, deadline=deadline,
             )  # fmt: skip
-        except FileNotFoundError as error:
+        except (FileNotFoundError, DamagedFile) as error:
             if not args.all:
                 raise
             print(f"{recipe.name}: not run, {error}", flush=True)
@@ -128,6 +131,9 @@ def main(argv: list[str] | None = None) -> int:
     except OutOfTime as error:
         print(f"bpfree: {error}; the same command goes on from there", file=sys.stderr)
         return 3
+    except KeyboardInterrupt:
+        print("bpfree: interrupted; the same command goes on from there", file=sys.stderr)
+        return 130
     except (ValueError, OSError) as error:
         print(f"bpfree: {error}", file=sys.stderr)
         return 2

@@ -40,6 +40,10 @@ _IDX_MD5 = {
 }  # fmt: skip
 
 
+class DamagedFile(ValueError):
+    """A file of a data set whose checksum is wrong; its message names it."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Data:
     """A data set resident on one device.
@@ -173,6 +177,6 @@ def _check_files(name: str, dataset: type, root: Path) -> None:
         if not path.is_file():
             raise FileNotFoundError(f"{name}: no file {path}; fetch the data set with\n  {fetch}")
         if not check_integrity(path, md5):
-            raise ValueError(
+            raise DamagedFile(
                 f"{name}: {path} is damaged (its md5 is not {md5}); delete it, then\n  {fetch}"
             )

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from .rule import Rule
+from .rule import Rule, check_batch
 from .rules.backprop import Backprop
 
 
@@ -45,6 +45,8 @@ def alignment(
         x, y: as for ``rule.backward``.
         params, state: the rule's own by default; a slice of stacks under ``torch.vmap``.
     """
+    if params is None:
+        check_batch(rule.net, x, y)
     params = rule.params() if params is None else params
     state = rule.state() if state is None else state
     ours = rule.update(params, state, x, y, masks={}).grads

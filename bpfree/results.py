@@ -23,6 +23,7 @@ from .train import Diverged, Run, fit
 
 FORMAT = "bpfree-result/1"
 ROOT = Path(__file__).resolve().parent.parent
+KEYS = {"test_accuracy", "diverged", "seconds", "seeds_together", "device"}  # of each run
 PROBE = 512  # training images on which alignment with backprop is measured
 
 
@@ -48,6 +49,10 @@ def read(name: str, folder: str | os.PathLike | None = None) -> dict:
     found = result.get("format") if isinstance(result, dict) else type(result).__name__
     if found != FORMAT:
         raise ValueError(f"{file} is not a result of bpfree: expected {FORMAT!r}, got {found!r}")
+    recipe, runs = result.get("recipe"), result.get("runs")
+    whole = isinstance(recipe, dict) and "name" in recipe and isinstance(runs, dict)
+    if not whole or not all(KEYS <= set(run) for run in runs.values()):
+        raise ValueError(f"{file} is not a result of bpfree: its recipe or a run is incomplete")
     if result["recipe"]["name"] != name:
         raise ValueError(f"{file} holds the recipe {result['recipe']['name']!r}, not {name!r}")
     return result
@@ -94,9 +99,10 @@ def record(
         result["recipe"] = settings
     missing = [seed for seed in seeds if str(seed) not in result["runs"]]
     if not missing:
-        for left in file.parent.glob(f"{recipe.name}.*.ckpt"):  # of a kill between two files
-            left.unlink()
+        for seed in seeds:  # of a kill between the record and the removal of its checkpoint
+            file.with_name(f"{recipe.name}.{seed}.ckpt").unlink(missing_ok=True)
         return result
+    file.parent.mkdir(parents=True, exist_ok=True)
     data = load(recipe.data, data_root)
     if result["data_checksum"] not in (None, data.checksum):
         raise ValueError(f"{file} was recorded on other data than {recipe.data} in {data_root}")
@@ -181,7 +187,10 @@ def table(names: Sequence[str], folder: str | os.PathLike | None = None) -> str:
         shape = "-".join(map(str, args)) if kind == "mlp" else f"conv {args[1]}"
         shape += f", {keywords.get('activation', 'relu')}"
         paper = "none" if recipe.source == "this book" else recipe.paper or "not verified"
-        head = f"| {label(recipe.rule)} | {recipe.data} | {shape} | {recipe.epochs} | {paper}"
+        options = "".join(f", {k} {v}" for k, v in recipe.options.items()).replace("_", " ")
+        head = (
+            f"| {label(recipe.rule)}{options} | {recipe.data} | {shape} | {recipe.epochs} | {paper}"
+        )
         if not path(name, folder).exists():
             rows.append(f"{head} | not run: `bpfree run {name}` | | | |")
             continue

@@ -102,11 +102,14 @@ class Rule(nn.Module):
     def refresh(
         self, params: dict[str, Tensor], state: dict[str, Tensor], generator: torch.Generator
     ) -> dict[str, Tensor]:
-        """New values of parts of the state, asked for before each epoch; {} if nothing changes."""
+        """New values of parts of the state, or {}; asked for by ``fit`` before each epoch."""
         return {}
 
     def own_grads(self, grads: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Gradients of what the rule itself learns, from those of the weights; keys ``rule.*``."""
+        """Gradients of what the rule itself learns, from those of the weights; keys ``rule.*``.
+
+        A rule with parameters of its own must override it.
+        """
         return {}
 
     # ---- what the library does ------------------------------------------------------------------
@@ -172,15 +175,25 @@ class Rule(nn.Module):
         check_batch(self.net, x, y)
         params = self.params()
         update = self.update(params, self.state(), x, y.long(), self.generator, keep_signals=False)
-        for name, p in params.items():
-            if p.requires_grad:
-                grad = update.grads[name].to(p.dtype)
-                p.grad = grad if p.grad is None else p.grad.add_(grad)
+        learning = {name: p for name, p in params.items() if p.requires_grad}
+        for name, p in learning.items():  # all of them before any is written
+            found = update.grads.get(name)
+            if found is None or found.shape != p.shape:
+                got = "none" if found is None else tuple(found.shape)
+                raise ValueError(
+                    f"{type(self).__name__} must give {name} a gradient of shape "
+                    f"{tuple(p.shape)}, got {got}"
+                )
+        for name, p in learning.items():
+            grad = update.grads[name].to(p.dtype)
+            p.grad = grad if p.grad is None else p.grad.add_(grad)
         return update.loss
 
 
 def check_batch(net: Network, x: Tensor, y: Tensor) -> None:
     """Raise unless x is a finite float batch and y are class indices that fit ``net``."""
+    if not (isinstance(x, Tensor) and isinstance(y, Tensor)):
+        raise TypeError(f"x and y must be tensors, got {type(x).__name__} and {type(y).__name__}")
     if not x.is_floating_point():
         raise TypeError(f"x must be floating point, got {x.dtype}; scale it: x.float() / 255")
     weight = net[0].linear.weight

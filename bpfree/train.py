@@ -16,7 +16,7 @@ from tqdm import tqdm
 from . import checkpoint as checkpoints
 from .data import Data
 from .lockstep import Lockstep, Optimizer
-from .rule import Rule
+from .rule import Rule, check_batch
 
 sgd = partial(torch.optim.SGD, lr=0.1, momentum=0.9)
 
@@ -131,10 +131,15 @@ def fit(
 
 
 def _check_rule(rule: Rule, data: Data, rules: list[Rule]) -> None:
+    if not isinstance(rule, Rule):
+        raise TypeError(f"make must return a rule, got {type(rule).__name__}")
     if rule.net.num_classes < data.num_classes:
         raise ValueError(
             f"the network has {rule.net.num_classes} classes, {data.name} has {data.num_classes}"
         )
+    first = data.inputs(data.train_x[:1], rule.net.weights()[0].dtype)
+    for y in (data.train_y, data.test_y):  # one image stands for all: they share a shape
+        check_batch(rule.net, first.expand(len(y), *first.shape[1:]), y)
     if sum(other.net[0].linear.weight is rule.net[0].linear.weight for other in rules) > 1:
         raise ValueError("make must build a new network for each seed, got the same one twice")
 
@@ -157,12 +162,14 @@ def _train(
     curves: dict[str, list[Tensor]] = {name: [] for name in names}
     epoch, spent, bad = 0, 0.0, torch.full((len(seeds),), -1)
     shapes = {name: list(p.shape) for name, p in lockstep.params.items()}
-    # a rule's options, and its network's, are its plain attributes
-    plain = (str, int, float)
+    # a rule's options, and its network's, are its plain attributes and what was drawn with them
+    plain = (str, int, float, tuple, list, type(None))
     parts = [lockstep.rules[0], *lockstep.rules[0].net]
     options = [{k: v for k, v in vars(p).items() if isinstance(v, plain)} for p in parts]
+    start = [lockstep.state_dict()[k] for k in ("params", "state", "generators")] if file else None
+    kinds = [type(o).__name__ for o in (lockstep.rules[0], lockstep.opt)]
     settings = [
-        type(lockstep.rules[0]).__name__, options, shapes, seeds, rates, probe, lockstep.batch_size,
+        kinds, options, shapes, start, seeds, rates, probe, lockstep.batch_size,
         lockstep.opt.defaults, lockstep.data.checksum if file else None,
     ]  # fmt: skip
     fingerprint = checkpoints.digest(settings)

@@ -276,3 +276,33 @@ def test_one_diverged_seed_does_not_stop_or_change_the_others():
     alone = bpfree.fit(make, bpfree.load(), seeds=(0,), **common)
     assert both.diverged == [None, 1]
     torch.testing.assert_close(both.train_loss[:1], alone.train_loss)
+
+
+def test_checkpoints_of_seeds_not_recorded_yet_survive_a_repeated_run(folder):
+    assert run(folder, "--seeds", "5", "--budget", "0.05s") == 3
+    (left,) = folder.glob("small.5.ckpt")
+    for _ in range(2):  # the second finds nothing to do
+        assert run(folder, "--seeds", "0") == 0
+        assert left.exists()
+
+
+@pytest.mark.parametrize(
+    ("net", "rule"), [({"init": "torch"}, {}), ({}, {"feedback_scale": 0.5})], ids=["net", "rule"]
+)
+def test_checkpoint_drawn_with_other_settings_is_refused(tmp_path, net, rule):
+    def train_with(net, rule):
+        def make(g):
+            mlp = bpfree.mlp(64, 16, 10, generator=g, **net)
+            return bpfree.FeedbackAlignment(mlp, generator=g, **rule)
+
+        bpfree.fit(make, bpfree.load(), epochs=1, checkpoint=tmp_path / "c")
+
+    train_with({}, {})
+    with pytest.raises(ValueError, match="other settings"):
+        train_with(net, rule)
+
+
+def test_checkpoint_without_content_is_named(tmp_path):
+    torch.save({"format": checkpoint.FORMAT}, tmp_path / "c")
+    with pytest.raises(ValueError, match=r"no checkpoint of bpfree.*move it away"):
+        checkpoint.load(tmp_path / "c", "f")

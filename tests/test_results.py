@@ -89,8 +89,14 @@ def test_file_of_other_settings_is_refused_and_left_alone(folder, monkeypatch, c
 
 
 @pytest.mark.parametrize(
-    "content", ["", "{", "[]", '{"format": "another"}', '{"a": 1}', "\x00\xff"]
-)
+    "content",
+    [
+        "", "{", "[]", '{"format": "another"}', '{"a": 1}', "\x00\xff",
+        '{"format": "bpfree-result/1"}',
+        '{"format": "bpfree-result/1", "recipe": "small", "runs": {}}',
+        '{"format": "bpfree-result/1", "recipe": {"name": "small"}, "runs": {"0": {}}}',
+    ],
+)  # fmt: skip
 def test_file_that_is_not_ours_is_named_and_left_alone(folder, capsys, content):
     file = results.path("small", folder)
     file.write_text(content)
@@ -155,7 +161,7 @@ def test_mistakes_are_one_clear_error(args, words, tmp_path, capsys):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("seeds", ["3:1", "a", "", "0,x", "-1"])
+@pytest.mark.parametrize("seeds", ["3:1", "a", "", "0,x", "-1", "0,0", "9" * 30])
 def test_malformed_seeds_are_refused(seeds, capsys):
     with pytest.raises(SystemExit):
         cli.main(["run", "mnist-fc-bp", f"--seeds={seeds}"])
@@ -169,3 +175,19 @@ def test_tuned_rates_are_the_best_of_the_recorded_grid():
         best = max(rows, key=lambda row: row["accuracy"])
         recipe = recipes.get(name)
         assert (recipe.lr, recipe.options) == (best["lr"], best["options"]), name
+
+
+def test_interruption_is_one_line_that_says_how_to_go_on(folder, monkeypatch, capsys):
+    def interrupt(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(results, "fit", interrupt)
+    assert run(folder) == 130
+    assert "the same command goes on from there" in capsys.readouterr().err
+
+
+def test_rows_of_one_rule_are_told_apart_by_their_options():
+    names = ["pepita-fc-mnist-pepita", "pepita-fc-mnist-pepita-mirrored"]
+    plain, mirrored = results.table(names, "/nowhere").splitlines()[2:]
+    assert plain.startswith("| PEPITA |")
+    assert mirrored.startswith("| PEPITA, mirroring 20 |")

@@ -483,3 +483,30 @@ def test_a_loss_that_is_huge_is_still_finite(mlp):
     loss = bpfree.Backprop(mlp.net).backward(mlp.x, mlp.y)
     assert math.isfinite(loss)
     torch.testing.assert_close(loss, F.cross_entropy(plain_logits(mlp.net, mlp.x), mlp.y).detach())
+
+
+class Forgetful(bpfree.Backprop):
+    """A rule with a parameter of its own, for which it gives no gradient."""
+
+    def __init__(self, net):
+        super().__init__(net)
+        self.gain = nn.Parameter(torch.ones(2).double())
+
+
+class Narrow(bpfree.Backprop):
+    """A rule whose first signal has one column, which would broadcast."""
+
+    def signals(self, *args):
+        (r, delta), *rest = super().signals(*args)
+        return [(r, delta[:, :1]), *rest]
+
+
+@pytest.mark.parametrize(("rule", "name"), [(Forgetful, "rule.gain"), (Narrow, "0.linear.weight")])
+def test_a_mistaken_rule_is_named_and_writes_no_gradient(rule, name):
+    net = bpfree.mlp(4, 5, 3).double()
+    for p in net.parameters():
+        p.grad = torch.zeros_like(p)
+    x, y = torch.rand(6, 4).double(), torch.arange(6) % 3
+    with pytest.raises(ValueError, match=f"{rule.__name__} must give {name} a gradient of shape"):
+        rule(net).backward(x, y)
+    assert all(not p.grad.any() for p in net.parameters())
