@@ -73,7 +73,7 @@ MUTANTS = [
            "test_equivalence.py::test_T12_a_batchs_gradient_is_the_mean_of_its_samples_gradients"),
     Mutant("rule.py", "if p.grad is None else", "if True else", "gradient overwritten",
            "test_rule.py::test_two_backward_calls_accumulate_the_sum_of_both[mlp-backprop]"),
-    Mutant("rule.py", "if p.requires_grad:", "if True:", "frozen parameters get gradients",
+    Mutant("rule.py", " if p.requires_grad}", "}", "frozen parameters get gradients",
            "test_rule.py::test_backward_leaves_parameters_that_need_no_gradient_alone"),
     Mutant("rules/feedback.py", "return {f\"rule.B{l}\": ", "return {f\"rule.B{l}\": 0 * ",
            "Kolen-Pollack's feedback learns nothing", "test_equivalence.py::"
