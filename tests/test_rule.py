@@ -510,3 +510,10 @@ def test_a_mistaken_rule_is_named_and_writes_no_gradient(rule, name):
     with pytest.raises(ValueError, match=f"{rule.__name__} must give {name} a gradient of shape"):
         rule(net).backward(x, y)
     assert all(not p.grad.any() for p in net.parameters())
+
+
+@every_rule
+def test_a_rule_works_without_hooks_which_compilation_would_ignore(name, mlp):
+    RULES[name](mlp.net, generator=generator()).backward(mlp.x, mlp.y)
+    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    assert not any(getattr(module, kind) for module in mlp.net.modules() for kind in kinds)

@@ -16,7 +16,8 @@ from ..rule import Rule
 from .backprop import Backprop
 
 
-def _check_scale(name: str, scale: float) -> None:
+def check_scale(name: str, scale: float) -> None:
+    """Raise a ValueError that names the argument unless it is a positive finite number."""
     if not (math.isfinite(scale) and scale > 0):
         raise ValueError(f"{name} must be a positive finite number, got {scale}")
 
@@ -45,7 +46,7 @@ class FeedbackAlignment(Backprop):
         generator: torch.Generator | None = None,
     ):
         super().__init__(net, generator)
-        _check_scale("feedback_scale", feedback_scale)
+        check_scale("feedback_scale", feedback_scale)
         for l, weight in enumerate(net.weights()[1:], 2):
             self.register_buffer(f"B{l}", _like_weight(weight, feedback_scale, generator))
 
@@ -77,7 +78,7 @@ class SignSymmetry(Backprop):
         super().__init__(net, generator)
         if magnitude not in ("unit", "fixed"):
             raise ValueError(f"magnitude must be 'unit' or 'fixed', got {magnitude!r}")
-        _check_scale("scale", scale)
+        check_scale("scale", scale)
         for l, weight in enumerate(net.weights()[1:], 2):
             if magnitude == "fixed":
                 S = _like_weight(weight, scale, generator).abs()
@@ -110,7 +111,7 @@ class KolenPollack(Backprop):
         generator: torch.Generator | None = None,
     ):
         super().__init__(net, generator)
-        _check_scale("feedback_scale", feedback_scale)
+        check_scale("feedback_scale", feedback_scale)
         for l, weight in enumerate(net.weights()[1:], 2):
             B = nn.Parameter(_like_weight(weight, feedback_scale, generator))
             self.register_parameter(f"B{l}", B)
@@ -143,7 +144,7 @@ class DirectFeedbackAlignment(Rule):
         generator: torch.Generator | None = None,
     ):
         super().__init__(net, generator)
-        _check_scale("feedback_scale", feedback_scale)
+        check_scale("feedback_scale", feedback_scale)
         for l, shape in enumerate(net.shapes[:-1], 1):
             size = math.prod(shape)
             D = uniform((net.num_classes, size), feedback_scale * math.sqrt(6 / size), generator)

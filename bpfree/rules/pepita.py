@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from ..block import Block, Trace
 from ..network import Network, uniform
 from ..rule import Rule, Signal
+from .feedback import check_scale
 from .mirroring import factors, mirrored
 
 OUTPUT_ERRORS = ("second", "first")
@@ -79,8 +80,7 @@ class PEPITA(Rule):
         for name, (given, known) in options.items():
             if given not in known:
                 raise ValueError(f"{name} must be one of {known}, got {given!r}")
-        if not (math.isfinite(feedback_scale) and feedback_scale > 0):
-            raise ValueError(f"feedback_scale must be a positive number, got {feedback_scale}")
+        check_scale("feedback_scale", feedback_scale)
         if len(net) < 2:
             raise ValueError("PEPITA needs a hidden block, got a network of 1 block")
         if not isinstance(mirroring, int) or mirroring < 0:
