@@ -10,6 +10,7 @@ many seeds at once and an audit call the same code with doctored weights.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import reduce
 from typing import NamedTuple
 
 import torch
@@ -37,7 +38,8 @@ class Trace(NamedTuple):
     r: Tensor  # h_{l-1}, the input of the linear map: (B, n_{l-1}) or (B, C, H, W)
     a: Tensor  # pre-activation: (B, n_l) or (B, C', H', W')
     z: Tensor  # activation(a), the shape of a
-    h: Tensor  # activity, after pooling and dropout
+    pooled: Tensor  # z after pooling; z itself without
+    h: Tensor  # activity: pooled, after dropout
     mask: Tensor | None  # dropout mask with values 0 and 1/(1-p), the shape of h
 
 
@@ -90,6 +92,23 @@ class Block(nn.Module):
         c = self.linear
         return dict(stride=c.stride, padding=c.padding, dilation=c.dilation, groups=c.groups)
 
+    def _is_tiling(self) -> bool:
+        """Whether each unit is in one window of a max-pool, at most."""
+        p = self.pool
+        return type(p) is nn.MaxPool2d and (
+            p.kernel_size == p.stride and p.padding == 0 and p.dilation == 1 and not p.ceil_mode
+        )
+
+    def _members(self, z: Tensor) -> list[Tensor]:
+        """The first, second, ... member of all windows, as views of z in the pool's scan order.
+
+        The largest of these views is the pool, ten times as fast as torch's own on a CPU.
+        """
+        side = self.pool.kernel_size
+        kh, kw = side if isinstance(side, tuple) else (side, side)
+        rows, columns = (n // k * k for n, k in zip(z.shape[-2:], (kh, kw), strict=True))
+        return [z[..., i:rows:kh, j:columns:kw] for i in range(kh) for j in range(kw)]
+
     def act(self, a: Tensor) -> Tensor:
         """activation(a), elementwise."""
         f = self.activation
@@ -104,8 +123,11 @@ class Block(nn.Module):
     def post(self, r: Tensor, a: Tensor, mask: Tensor | None = None) -> Trace:
         """The rest of the block from its pre-activation; ``mask=None`` drops no unit."""
         z = self.act(a)
-        h = z if self.pool is None else self.pool(z)
-        return Trace(r, a, z, h if mask is None else h * mask, mask)
+        if self._is_tiling():
+            pooled = reduce(torch.maximum, self._members(z))
+        else:
+            pooled = z if self.pool is None else self.pool(z)
+        return Trace(r, a, z, pooled, pooled if mask is None else pooled * mask, mask)
 
     def trace(
         self, h: Tensor, weight: Tensor, bias: Tensor | None = None, mask: Tensor | None = None
@@ -114,14 +136,31 @@ class Block(nn.Module):
         return self.post(*self.pre(h, weight, bias), mask)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        return self.trace(x, self.linear.weight, self.linear.bias, mask).h
+        """h alone, for autograd: with torch's own pooling, whose derivative is the faster one."""
+        z = self.act(self.pre(x, self.linear.weight, self.linear.bias)[1])
+        h = z if self.pool is None else self.pool(z)
+        return h if mask is None else h * mask
+
+    def unpool(self, v: Tensor, t: Trace) -> Tensor:
+        """v from the shape of h to that of z: through dropout and pool, back to the units they chose.
+
+        Of equal units in a window max-pooling chose the first. Average pooling chose all of them,
+        each for an equal share.
+        """
+        if t.mask is not None:
+            v = v * t.mask
+        if not self._is_tiling():
+            return v if self.pool is None else torch.func.vjp(self.pool, t.z)[1](v)[0]
+        out = torch.zeros_like(t.z, dtype=v.dtype)
+        for member, place in zip(self._members(t.z), self._members(out), strict=True):
+            chosen = member == t.pooled
+            place.copy_(v * chosen)
+            v = v * ~chosen
+        return out
 
     def local_vjp(self, v: Tensor, t: Trace) -> Tensor:
         """phi'(a) * v: from the shape of h to the shape of a, through this block's phi only."""
-        if t.mask is not None:
-            v = v * t.mask
-        if self.pool is not None:
-            v = torch.func.vjp(self.pool, t.z)[1](v)[0]
+        v = self.unpool(v, t)
         if callable(self.activation):
             return torch.func.vjp(self.activation, t.a)[1](v)[0]
         return ACTIVATIONS[self.activation][1](v, t.a, t.z)
@@ -136,14 +175,16 @@ class Block(nn.Module):
             return torch.nn.grad.conv2d_input(like.shape, weight, delta, **self._geometry())
         return (delta @ weight.to(delta.dtype)).reshape(like.shape)
 
-    def outer(self, delta: Tensor, r: Tensor) -> dict[str, Tensor]:
-        """delta^T r, summed over batch and positions; keyed like the linear map's parameters."""
+    def outer(self, delta: Tensor, r: Tensor, scale: float = 1.0) -> dict[str, Tensor]:
+        """scale * delta^T r, summed over batch and positions; keyed like the linear map's
+        parameters."""
         r = r.to(delta.dtype)
         if self.is_conv:
             shape = self.linear.weight.shape
             grads = {"weight": torch.nn.grad.conv2d_weight(r, shape, delta, **self._geometry())}
-        else:
-            grads = {"weight": delta.T @ r}
+            grads["weight"] = scale * grads["weight"]  # the smaller of the factors
+        else:  # the product itself scales, at no cost; with beta=0 it ignores its first argument
+            grads = {"weight": torch.addmm(delta.new_zeros(1), delta.T, r, beta=0, alpha=scale)}
         if self.linear.bias is not None:
-            grads["bias"] = delta.sum((0, 2, 3) if self.is_conv else 0)
+            grads["bias"] = scale * delta.sum((0, 2, 3) if self.is_conv else 0)
         return grads

@@ -63,12 +63,12 @@ MUTANTS = [
            "test_shuffling_gives_each_sample_the_hidden_signal_of_another[mlp-fa]"),
     Mutant("block.py", "v = v * t.mask", "pass", "dropout mask forgotten in the local derivative",
            "test_feedback.py::test_signals_and_gradients_under_dropout_are_the_equations"),
-    Mutant("block.py", "torch.func.vjp(self.pool, t.z)", "torch.func.vjp(self.pool, t.a)",
+    Mutant("block.py", "zip(self._members(t.z)", "zip(self._members(t.a)",
            "max-pooling routes by pre-activations",
            "test_network.py::test_local_vjp_is_autograd_through_phi"),
     # ---- the gradient ----
-    Mutant("rule.py", "block.outer(delta / len(x), r)",
-           "block.outer(delta / (len(x) if l == len(signals) - 1 else 1), r)",
+    Mutant("rule.py", "block.outer(delta, r, 1 / len(x))",
+           "block.outer(delta, r, 1 / (len(x) if l == len(self.net) - 1 else 1))",
            "hidden signal not divided by the batch",
            "test_equivalence.py::test_T12_a_batchs_gradient_is_the_mean_of_its_samples_gradients"),
     Mutant("rule.py", "if p.grad is None else", "if True else", "gradient overwritten",
@@ -93,7 +93,7 @@ MUTANTS = [
            "torch.rand(shape, device=device) * 2", "weights from the global generator",
            "test_network.py::test_initial_weights_come_from_the_given_generator_alone"),
     # ---- PEPITA and mirroring ----
-    Mutant("rules/pepita.py", "scale * (h - h_err)", "scale * (h_err - h)",
+    Mutant("rules/pepita.py", "t_err.r, h - h_err", "t_err.r, h_err - h",
            "hidden signal of the wrong sign", "test_pepita.py::"
            "test_gradients_of_an_mlp_are_the_equations_with_one_mask_for_both_passes"),
     Mutant("rules/pepita.py", "x_err if l == 1 else t_err.h, mask",
@@ -119,7 +119,7 @@ MUTANTS = [
            "refreshed feedback not given back", "test_pepita.py::"
            "test_vectorised_seeds_get_back_the_feedback_of_seeds_one_at_a_time"),
     # ---- networks ----
-    Mutant("network.py", "keep / (1 - block.dropout)", "keep", "dropout not rescaled",
+    Mutant("network.py", " / (1 - block.dropout)", "", "dropout not rescaled",
            "test_network.py::test_masks_are_zero_or_the_inverse_keep_probability"),
     Mutant("network.py", "if self.training and block.dropout:", "if block.dropout:",
            "dropout in evaluation mode",

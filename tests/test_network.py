@@ -169,6 +169,17 @@ def test_max_pooling_sends_the_signal_to_the_largest_unit_only():
     assert got.tolist() == [[[[0.0, 7.0], [0.0, 0.0]]]]
 
 
+@pytest.mark.parametrize("side", [(2, 2), (3, 2)])
+def test_of_equal_units_the_pool_chooses_the_first_as_torch_does(side):
+    block = Block(nn.Conv2d(1, 1, 1, bias=False).double(), "identity", nn.MaxPool2d(side))
+    block.linear.weight.data.fill_(1.0)
+    x = torch.randint(0, 2, (4, 1, 7, 9), generator=generator(0)).double().requires_grad_()
+    v = draws(block(x).shape, 1)
+    expected = torch.autograd.grad(block(x), x, v)[0]
+    t = block.trace(x.detach(), block.linear.weight.detach())
+    torch.testing.assert_close(block.unpool(v, t), expected, rtol=0, atol=0)
+
+
 def test_relu_has_no_slope_at_zero():
     block = Block(nn.Linear(1, 1, bias=False).double(), "relu")
     t = block.trace(torch.tensor([[-1.0], [0.0], [1.0]]).double(), torch.ones(1, 1).double())

@@ -134,7 +134,7 @@ class PEPITA(Rule):
         """Each block's first and second pass, upwards."""
         x = state["x"]
         sent = sent.to(x.dtype)
-        x_err = x + (sent @ state["F"].T).to(x.dtype).reshape(x.shape)
+        x_err = torch.addmm(x.flatten(1), sent, state["F"].T).reshape(x.shape)
         for l in range(1, len(self.net) + 1):
             mask = state.get(f"mask{l}")
             if not self.saving:
@@ -142,7 +142,8 @@ class PEPITA(Rule):
             else:
                 t = self.net.block_trace(l, params, x if l == 1 else t.h, mask)
             if l == 1 and self.cheap:
-                a_err = t.a + (sent @ state["W1F"].flatten(1)).reshape(t.a.shape)
+                a_err = torch.addmm(t.a.flatten(1), sent, state["W1F"].flatten(1))
+                a_err = a_err.reshape(t.a.shape)
                 t_err = self.net[0].post(x_err.reshape(t.r.shape), a_err, mask)
             else:
                 t_err = self.net.block_trace(l, params, x_err if l == 1 else t_err.h, mask)
@@ -166,5 +167,7 @@ class PEPITA(Rule):
             if self.conv_scaling == "released":
                 scale = -scale / len(h)
         if self.presynaptic == "time-local":
-            return torch.cat([t.r, t_err.r]), scale * torch.cat([h, -h_err])
-        return t.r if self.presynaptic == "first" else t_err.r, scale * (h - h_err)
+            r, delta = torch.cat([t.r, t_err.r]), torch.cat([h, -h_err])
+        else:
+            r, delta = t.r if self.presynaptic == "first" else t_err.r, h - h_err
+        return r, delta if scale == 1 else delta.mul_(scale)
