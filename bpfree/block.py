@@ -142,7 +142,7 @@ class Block(nn.Module):
         return h if mask is None else h * mask
 
     def unpool(self, v: Tensor, t: Trace) -> Tensor:
-        """v from the shape of h to that of z: through dropout and pool, back to the units they chose.
+        """v from the shape of h to that of z: through dropout and pool to the units they chose.
 
         Of equal units in a window max-pooling chose the first. Average pooling chose all of them,
         each for an equal share.
