@@ -8,10 +8,12 @@ import torch
 from torch import Tensor
 
 from .data import Data
+from .device import Replay, can_record, generator_on, precision
 from .measure import alignment
 from .rule import Rule
 
 Optimizer = torch.optim.Optimizer
+AHEAD = 64  # steps for which an accelerator draws dropout masks at once
 
 
 class Lockstep:
@@ -28,8 +30,11 @@ class Lockstep:
         data: Data,
         batch_size: int,
         optimizer: Callable[[Iterable[Tensor]], Optimizer],
+        precision: str = "float32",
+        compile: bool = False,
     ):
-        self.rules, self.generators = rules, generators
+        self.rules, self.precision, self.device = rules, precision, data.train_x.device
+        self.generators = [generator_on(self.device, g) for g in generators]
         self.data, self.batch_size = data, batch_size
         self.net, self.dtype = rules[0].net, rules[0].net.weights()[0].dtype
         self.params = _stack([r.params() for r in rules])
@@ -38,8 +43,12 @@ class Lockstep:
         self.learning = {name: self.params[name] for name in learning}
         self.opt = optimizer(list(self.learning.values()))
         self.rates = [group["lr"] for group in self.opt.param_groups]
+        self.rate, self.replay = None, None
+        self.totals = torch.zeros(2, len(rules), dtype=torch.float64, device=self.device)
         over_seeds = torch.vmap if len(rules) > 1 else lambda f, in_dims=None: f
         self._step = over_seeds(self._one_step)
+        if compile:
+            self._step = torch.compile(self._step)
         self._hits = over_seeds(self._one_hits, in_dims=(0, None, None))
         self._align = over_seeds(self._one_align, in_dims=(0, 0, None, None))
 
@@ -55,38 +64,55 @@ class Lockstep:
 
     def train(self, rate: float) -> tuple[Tensor, Tensor]:
         """One epoch at ``rate`` times the learning rate: mean loss and accuracy (%), each (S,)."""
-        for group, lr in zip(self.opt.param_groups, self.rates, strict=True):
-            group["lr"] = rate * lr
+        if rate != self.rate:  # a number, so a recorded step has it for ever
+            self.rate, self.replay = rate, Replay(self._advance)
+            for group, lr in zip(self.opt.param_groups, self.rates, strict=True):
+                group["lr"] = rate * lr
         for s, (rule, generator) in enumerate(zip(self.rules, self.generators, strict=True)):
             mine = [self._of_seed(tensors, s) for tensors in (self.params, self.state)]
             for name, value in rule.refresh(*mine, generator).items():
                 mine[1][name].copy_(value)
-        x, y, size = self.data.train_x, self.data.train_y, self.batch_size
-        orders = [torch.randperm(len(x), generator=g) for g in self.generators]
-        order = orders[0] if len(orders) == 1 else torch.stack(orders)
-        order, steps = order.to(x.device), len(x) // size
-        loss = accuracy = 0.0
-        for i in range(steps):
-            batch = order[..., i * size : (i + 1) * size]
-            masks = _stack([self.net.masks(size, g) for g in self.generators])
-            inputs = self.data.inputs(x[batch], self.dtype)
-            step_loss, hit, grads = self._step(self.params, self.state, inputs, y[batch], masks)
-            for name, p in self.learning.items():
-                p.grad = grads[name]
-            self.opt.step()
-            loss, accuracy = loss + step_loss, accuracy + hit
-        return self._per_seed(loss / steps), self._per_seed(100 * accuracy / steps)
+        record = can_record(self.device)
+        advance, ahead = (self.replay, AHEAD) if record else (self._advance, 1)
+        n, size = len(self.data.train_x), self.batch_size
+        order = _join([torch.randperm(n, generator=g, device=g.device) for g in self.generators])
+        steps, of_batch = n // size, order.dim() - 1
+        self.totals.zero_()
+        with precision(self.precision, self.device):
+            for i in range(steps):
+                if i % ahead == 0:
+                    count = size * min(ahead, steps - i)
+                    drawn = _stack([self.net.masks(count, g) for g in self.generators])
+                start = i % ahead * size
+                masks = {l: m.narrow(of_batch, start, size) for l, m in drawn.items()}
+                advance(order[..., i * size : (i + 1) * size], masks)
+        loss, accuracy = (self.totals / steps).cpu()
+        return loss, 100 * accuracy
+
+    def _advance(self, batch: Tensor, masks: dict[int, Tensor]) -> None:
+        """One step on the images (S, B) of that number; in place, and nothing asks the host."""
+        inputs = self.data.inputs(self.data.train_x[batch], self.dtype)
+        y = self.data.train_y[batch]
+        loss, hit, grads = self._step(self.params, self.state, inputs, y, masks)
+        for name, p in self.learning.items():
+            p.grad = grads[name].to(p.dtype)
+        self.opt.step()
+        self.totals += torch.stack([loss.double(), hit]).reshape(2, -1)
 
     def test(self) -> Tensor:
         """Test accuracy in %, (S,)."""
         chunks = zip(self.data.test_x.split(1000), self.data.test_y.split(1000), strict=True)
-        hits = sum(self._hits(self.params, self.data.inputs(x, self.dtype), y) for x, y in chunks)
+        with precision("float32", self.device):
+            hits = sum(
+                self._hits(self.params, self.data.inputs(x, self.dtype), y) for x, y in chunks
+            )
         return self._per_seed(100 * hits / len(self.data.test_y))
 
     def probe(self, n: int) -> tuple[Tensor, Tensor]:
         """Angle and norm to backprop's update on the first n training images, each (S, L)."""
         x, y = self.data.inputs(self.data.train_x[:n], self.dtype), self.data.train_y[:n]
-        angle, norm = self._align(self.params, self.state, x, y)
+        with precision("float32", self.device):
+            angle, norm = self._align(self.params, self.state, x, y)
         return self._per_seed(angle), self._per_seed(norm)
 
     def _of_seed(self, tensors: dict[str, Tensor], s: int) -> dict[str, Tensor]:
@@ -109,6 +135,7 @@ class Lockstep:
             for name, tensor in mine.items():
                 tensor.copy_(theirs[name])
         self.opt.load_state_dict(saved["optimizer"])
+        self.rate = None
         for generator, state in zip(self.generators, saved["generators"], strict=True):
             generator.set_state(state)
 
@@ -122,6 +149,8 @@ class Lockstep:
 
 def _stack(dicts: list[dict]) -> dict:
     """One dict of stacks (S, ...) from S dicts of tensors; the tensors themselves when S = 1."""
-    if len(dicts) == 1:
-        return dicts[0]
-    return {k: torch.stack([d[k].detach() for d in dicts]) for k in dicts[0]}
+    return {k: _join([d[k] for d in dicts]) for k in dicts[0]}
+
+
+def _join(tensors: list[Tensor]) -> Tensor:
+    return tensors[0] if len(tensors) == 1 else torch.stack([t.detach() for t in tensors])

@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from . import checkpoint as checkpoints
 from .data import Data
+from .device import PRECISIONS
 from .lockstep import Lockstep, Optimizer
 from .rule import Rule, check_batch
 
@@ -59,6 +60,8 @@ def fit(
     vectorize: bool | None = None,
     probe: int = 0,
     device: torch.device | str = "cpu",
+    precision: str = "float32",
+    compile: bool = False,
     progress: bool = False,
     checkpoint: str | os.PathLike | None = None,
     deadline: float | None = None,
@@ -79,15 +82,20 @@ def fit(
             CPU one seed already fills the cores.
         probe: number of training images on which the alignment with backprop is measured after
             each epoch (0: not measured; ``angle`` and ``norm`` are then empty).
+        device: on a GPU the step is recorded as a CUDA graph: an optimiser that counts its steps
+            (Adam) must be given ``capturable=True``.
+        precision: of the training step: ``"float32"``, ``"tf32"`` or ``"bf16"``; measures are taken
+            in float32.
+        compile: hand the step to ``torch.compile`` first; a quarter of a minute, so for long runs.
         progress: show a progress bar.
         checkpoint: file written after each epoch, from which the same call resumes to the bit. One
             file per seed, ``NAME.seedN``, where seeds are trained one after the other.
         deadline: ``time.monotonic()`` by which to stop, at the end of an epoch.
 
     Raises:
-        ValueError: for epochs < 1, no or repeated seeds, a batch larger than the training set,
-            fewer classes than the data, one network for several seeds, or a checkpoint that is
-            damaged, foreign, or of other settings.
+        ValueError: for epochs < 1, an unknown precision, no or repeated seeds, a batch larger than
+            the training set, fewer classes than the data, one network for several seeds, or a
+            checkpoint that is damaged, foreign, or of other settings.
         OutOfTime: if the deadline comes first.
         Diverged: a ``FloatingPointError``, at the end, if the loss of a seed was not finite.
         OSError: if a checkpoint cannot be written; the one before it is whole.
@@ -99,6 +107,8 @@ def fit(
         raise ValueError(f"seeds must be distinct, at least one, got {seeds}")
     if not 1 <= batch_size <= len(data.train_x):
         raise ValueError(f"batch_size must be in 1..{len(data.train_x)}, got {batch_size}")
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision must be one of {PRECISIONS}, got {precision!r}")
     if vectorize is None:
         vectorize = torch.device(device).type != "cpu"
     rates = [1.0 if schedule is None else schedule(epoch) for epoch in range(epochs)]
@@ -111,7 +121,7 @@ def fit(
             for rule in made:
                 _check_rule(rule, data, rules + made)
                 rule.to(device).net.to(device).train()
-            lockstep = Lockstep(made, generators, data, batch_size, optimizer)
+            lockstep = Lockstep(made, generators, data, batch_size, optimizer, precision, compile)
             file = None if checkpoint is None else Path(checkpoint)
             if file and len(groups) > 1:
                 file = file.with_name(f"{file.name}.seed{group[0]}")
@@ -170,7 +180,7 @@ def _train(
     kinds = [type(o).__name__ for o in (lockstep.rules[0], lockstep.opt)]
     settings = [
         kinds, options, shapes, start, seeds, rates, probe, lockstep.batch_size,
-        lockstep.opt.defaults, lockstep.data.checksum if file else None,
+        lockstep.precision, lockstep.opt.defaults, lockstep.data.checksum if file else None,
     ]  # fmt: skip
     fingerprint = checkpoints.digest(settings)
     if file and (saved := checkpoints.load(file, fingerprint)):

@@ -1,0 +1,78 @@
+"""What is particular to an accelerator: one launch a step, its own random numbers, its precision.
+
+A step of a small network is dozens of kernels of a few microseconds, and launching each takes the
+host as long as it takes the card. So a step is recorded once, as a CUDA graph, and replayed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map
+
+PRECISIONS = ("float32", "tf32", "bf16")
+WARM_UP = 3  # calls before recording, in which libraries allocate and choose their kernels
+
+
+def can_record(device: torch.device) -> bool:
+    return device.type == "cuda"
+
+
+class Replay:
+    """``f`` with its kernels recorded at the fourth call, and replayed from then on.
+
+    Args:
+        f: works in place on tensors that stay where they are, returns nothing, and asks the host
+            for no tensor's value. Numbers that are not tensors are recorded as they are.
+    """
+
+    def __init__(self, f: Callable[..., None]):
+        self.f, self.calls, self.graph = f, 0, None
+
+    def __call__(self, *args: Tensor | dict) -> None:
+        if self.calls < WARM_UP:
+            self.calls += 1
+            side = torch.cuda.Stream()  # as recording will be: not on the default stream
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                self.f(*args)
+            torch.cuda.current_stream().wait_stream(side)
+            return
+        if self.graph is None:
+            self.inputs, self.graph = tree_map(torch.clone, args), torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph):
+                self.f(*self.inputs)
+        for mine, theirs in zip(tree_leaves(self.inputs), tree_leaves(args), strict=True):
+            mine.copy_(theirs)
+        self.graph.replay()
+
+
+def generator_on(device: torch.device, source: torch.Generator) -> torch.Generator:
+    """``source`` itself on its own device, else a generator there, seeded by a draw from it."""
+    if source.device.type == device.type:
+        return source
+    seed = int(torch.randint(2**62, (), generator=source))
+    return torch.Generator(device).manual_seed(seed)
+
+
+@contextmanager
+def precision(name: str, device: torch.device) -> Iterator[None]:
+    """``"float32"``, on the device too; ``"tf32"``: products of 10-bit factors; ``"bf16"``:
+    autocast, with 8-bit factors. Convolutions are deterministic. All is restored afterwards."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high" if name == "tf32" else "highest")
+    # a recorded step must not keep the cast weights of another
+    cast = torch.autocast(
+        device.type, torch.bfloat16, enabled=name == "bf16", cache_enabled=False
+    )  # fmt: skip
+    cudnn = torch.backends.cudnn.flags(
+        enabled=True, benchmark=False, deterministic=True, allow_tf32=name == "tf32"
+    )
+    try:
+        with cudnn, cast:
+            yield
+    finally:
+        torch.set_float32_matmul_precision(before)

@@ -1,0 +1,235 @@
+"""Recorded steps, precision and compilation. What needs a GPU is skipped without one; in its place
+an emulation of a CUDA graph on the CPU checks everything that does not depend on the card."""
+
+from contextlib import contextmanager, nullcontext
+from functools import partial
+from types import SimpleNamespace
+
+import pytest
+import torch
+from oracles import RULES, generator
+from test_checkpoint import interrupt
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import bpfree
+from bpfree import device as on_device
+from bpfree import fit, lockstep
+from bpfree.data import Data
+from bpfree.train import OutOfTime
+
+every_rule = pytest.mark.parametrize("name", RULES)
+
+
+class EmulatedGraph(TorchDispatchMode):
+    """A CUDA graph as its documentation has it: recording runs nothing for good, and a replay runs
+    the same kernels on the same memory, whatever the host's variables have become since."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls, self.before = [], {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        for argument, value in zip(func._schema.arguments, args, strict=False):
+            if argument.alias_info is not None and argument.alias_info.is_write:
+                for t in tree_leaves(value):
+                    if isinstance(t, torch.Tensor) and id(t) not in self.before:
+                        self.before[id(t)] = (t, t.detach().clone())
+        out = func(*args, **kwargs)
+        self.calls.append((func, args, kwargs, out))
+        return out
+
+    def replay(self):
+        for func, args, kwargs, out in self.calls:
+            for old, new in zip(tree_leaves(out), tree_leaves(func(*args, **kwargs)), strict=True):
+                if isinstance(old, torch.Tensor):
+                    old.copy_(new)
+
+
+@contextmanager
+def recording(graph):
+    with graph:
+        yield
+    for tensor, before in reversed(graph.before.values()):
+        tensor.copy_(before)
+
+
+@pytest.fixture
+def emulated(monkeypatch):
+    """CUDA's recording, emulated; the list of graphs that were recorded."""
+    graphs = []
+    stream = SimpleNamespace(wait_stream=lambda other: None)
+    monkeypatch.setattr(lockstep, "can_record", lambda device: True)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda: stream)
+    monkeypatch.setattr(torch.cuda, "stream", lambda s: nullcontext())
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: stream)
+    monkeypatch.setattr(torch.cuda, "graph", recording)
+
+    def new_graph():
+        graphs.append(EmulatedGraph())
+        return graphs[-1]
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", new_graph)
+    return graphs
+
+
+def train(name, data, device="cpu", seeds=(0,), **options):
+    def make(g):
+        return RULES[name](bpfree.mlp(64, 16, 10, dropout=0.25, generator=g), generator=g)
+
+    options = {
+        "epochs": 4, "batch_size": 16, "schedule": (1, 1, 0.1, 1).__getitem__, **options
+    }  # fmt: skip
+    return fit(make, data, seeds=seeds, device=device, vectorize=len(seeds) > 1, **options)
+
+
+def assert_same_run(run, other, **tolerance):
+    torch.testing.assert_close(run.train_loss, other.train_loss, **tolerance)
+    torch.testing.assert_close(run.test_accuracy, other.test_accuracy, **tolerance)
+    for rule, twin in zip(run.rules, other.rules, strict=True):
+        for key, p in {**rule.params(), **rule.state()}.items():
+            theirs = {**twin.params(), **twin.state()}[key]
+            torch.testing.assert_close(p.cpu(), theirs.cpu(), msg=key, **tolerance)
+
+
+exactly = dict(rtol=0, atol=0)
+
+
+@every_rule
+@pytest.mark.parametrize("seeds", [(0,), (0, 1)], ids=("one", "two"))
+def test_a_recorded_step_trains_as_the_step_itself(name, seeds, few_digits, monkeypatch, request):
+    plain = train(name, few_digits, seeds=seeds)
+    graphs = request.getfixturevalue("emulated")
+    assert_same_run(train(name, few_digits, seeds=seeds), plain, **exactly)
+    # one for each change of the rate: epochs 0 and 1, 2, 3
+    assert len(graphs) == 3
+
+
+def test_a_resumed_run_is_recorded_anew_and_ends_with_the_same_bits(
+    emulated, few_digits, tmp_path, monkeypatch
+):
+    resumable = partial(train, "pepita", few_digits, checkpoint=tmp_path / "c")
+    whole = train("pepita", few_digits)
+    with monkeypatch.context() as patch:
+        interrupt(patch, 2)
+        with pytest.raises(OutOfTime):
+            resumable()
+    assert_same_run(resumable(), whole, **exactly)
+
+
+def test_what_the_step_reads_from_the_host_is_recorded_for_ever(emulated):
+    """The emulation would notice: that is why a change of the rate must record anew."""
+    total, rate = torch.zeros(1), [1.0]
+    step = on_device.Replay(lambda x: total.add_(rate[0] * x))
+    for _ in range(5):
+        step(torch.ones(1))
+    rate[0] = 100.0
+    step(torch.tensor([2.0]))
+    assert total.item() == 7.0
+
+
+# ---- precision and compilation ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seeds", [(0,), (0, 1)], ids=("one", "two"))
+def test_bf16_is_near_float32_and_not_the_same(few_digits, seeds):
+    exact, rough = (
+        train("backprop", few_digits, seeds=seeds, precision=p) for p in ("float32", "bf16")
+    )
+    difference = (rough.train_loss - exact.train_loss).abs()
+    assert 0 < difference.max() < 0.02 * exact.train_loss.max()
+
+
+def test_tf32_changes_nothing_on_a_cpu(few_digits):
+    runs = [train("backprop", few_digits, precision=p) for p in ("float32", "tf32")]
+    assert_same_run(*runs, **exactly)
+
+
+@pytest.mark.parametrize("name", on_device.PRECISIONS)
+def test_precision_is_what_was_asked_for_inside_and_what_it_was_outside(name):
+    def now():
+        return (
+            torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32,
+            torch.backends.cudnn.deterministic, torch.is_autocast_enabled("cpu"),
+        )  # fmt: skip
+
+    before = now()
+    with on_device.precision(name, torch.device("cpu")):
+        inside = now()
+    assert now() == before
+    assert inside == ("high" if name == "tf32" else "highest", name == "tf32", True, name == "bf16")
+
+
+def test_an_unknown_precision_is_refused(few_digits):
+    with pytest.raises(ValueError, match="precision must be one of .* got 'float16'"):
+        train("backprop", few_digits, precision="float16")
+
+
+def test_a_compiled_step_trains_as_the_step_itself(few_digits):
+    runs = [train("pepita", few_digits, seeds=(0, 1), compile=c) for c in (False, True)]
+    assert_same_run(*runs, rtol=1e-4, atol=1e-5)
+
+
+# ---- on the card itself -------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@every_rule
+@pytest.mark.parametrize("seeds", [(0,), (0, 1)], ids=("one", "two"))
+def test_a_gpu_trains_with_and_without_recording_to_the_same_bits(
+    name, seeds, few_digits, monkeypatch
+):
+    recorded = train(name, few_digits, "cuda", seeds)
+    monkeypatch.setattr(on_device.Replay, "__call__", lambda self, *args: self.f(*args))
+    assert_same_run(train(name, few_digits, "cuda", seeds), recorded, **exactly)
+
+
+# ---- nothing asks the host ----------------------------------------------------------------------
+
+
+class NoHost(TorchDispatchMode):
+    """Refuses operators whose result, or its shape, the host must wait for."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        waits = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
+        indices = [t for t in tree_leaves(args[1:]) if isinstance(t, torch.Tensor)]
+        by_number = func == torch.ops.aten.index.Tensor and indices[0].dtype == torch.int64
+        assert by_number or not waits & set(func.tags), func
+        return func(*args, **(kwargs or {}))
+
+
+@every_rule
+@pytest.mark.parametrize("count", [1, 2])
+def test_no_step_asks_the_host_for_a_tensors_value(name, count):
+    step = make_lockstep(RULES[name], count)._advance
+    with torch.no_grad(), NoHost():
+        step(*batch_of(count))
+
+
+def test_a_rule_that_does_is_found():
+    class Curious(bpfree.Backprop):
+        def signals(self, params, state, trace, error, target):
+            if error.norm() > 0:
+                error = error / error.norm()
+            return super().signals(params, state, trace, error, target)
+
+    step = make_lockstep(Curious, 1)._advance
+    with torch.no_grad(), NoHost(), pytest.raises(AssertionError, match="_local_scalar_dense"):
+        step(*batch_of(1))
+
+
+def make_lockstep(rule, count):
+    made = [
+        rule(bpfree.convnet((1, 8, 8), (3,), (8,), num_classes=10, generator=g), generator=g)
+        for g in map(generator, range(count))
+    ]
+    x, y = torch.zeros(20, 1, 8, 8, dtype=torch.uint8), torch.zeros(20, dtype=torch.int64)
+    data = Data("fake", x, y, x, y, 1 / 16)
+    generators = [generator(s) for s in range(count)]
+    return lockstep.Lockstep(made, generators, data, 4, partial(torch.optim.SGD, lr=0.1))
+
+
+def batch_of(count):
+    batch = torch.zeros(4, dtype=torch.int64)
+    return batch if count == 1 else torch.stack([batch] * count), {}
