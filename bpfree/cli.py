@@ -11,6 +11,7 @@ import torch
 
 from . import bench, recipes, results
 from .data import DamagedFile
+from .device import PRECISIONS, keep_freed_memory
 from .train import OutOfTime
 
 
@@ -71,6 +72,7 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     run.add_argument("--seeds", type=_seeds, help="0:3, 5 or 0,4 (default: the recipe's)")
     run.add_argument("--device", type=_device, default="cpu", help="cpu or cuda (default: cpu)")
+    run.add_argument("--precision", choices=PRECISIONS, default="float32")
     run.add_argument("--data", metavar="DIR", help="folder of the data sets (else BPFREE_DATA)")
     run.add_argument("--results", **folder)
     run.add_argument("--quiet", action="store_true", help="no progress bar")
@@ -103,7 +105,8 @@ def _run(args: argparse.Namespace) -> None:
         try:
             result = results.record(
                 recipe, args.seeds or recipe.seeds, data_root=args.data, device=args.device,
-                folder=args.results, progress=not args.quiet, deadline=deadline,
+                precision=args.precision, folder=args.results, progress=not args.quiet,
+                deadline=deadline,
             )  # fmt: skip
         except (FileNotFoundError, DamagedFile) as error:
             if not args.all:
@@ -125,6 +128,7 @@ def _bench(args: argparse.Namespace) -> None:
 def main(argv: list[str] | None = None) -> int:
     """Entry point. Exit status 2: a mistake or a full disk, told in one line; 3: out of time."""
     args = _parser().parse_args(argv)
+    keep_freed_memory()
     try:
         commands = {"list": _list, "run": _run, "bench": _bench, "report": _report}
         commands[args.command](args)

@@ -6,6 +6,8 @@ host as long as it takes the card. So a step is recorded once, as a CUDA graph, 
 
 from __future__ import annotations
 
+import ctypes
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -56,6 +58,23 @@ def generator_on(device: torch.device, source: torch.Generator) -> torch.Generat
         return source
     seed = int(torch.randint(2**62, (), generator=source))
     return torch.Generator(device).manual_seed(seed)
+
+
+def keep_freed_memory() -> bool:
+    """Let the C library keep what tensors free, for the next ones; whether it could be told to.
+
+    By default glibc gives large blocks back to the system, which hands them out again page by page,
+    each zeroed first: half the time of a step with large activities on a CPU (appendix). The
+    setting is the whole process's, so it is for programs, not for libraries: ``bpfree`` uses it.
+    """
+    if not sys.platform.startswith("linux"):
+        return False
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError):  # another C library
+        return False
+    trim_threshold, mmap_max = -1, -4
+    return bool(mallopt(mmap_max, 0) and mallopt(trim_threshold, 2**31 - 1))
 
 
 @contextmanager

@@ -32,6 +32,7 @@ class Lockstep:
         optimizer: Callable[[Iterable[Tensor]], Optimizer],
         precision: str = "float32",
         compile: bool = False,
+        record: bool | None = None,  # None: wherever the device can
     ):
         self.rules, self.precision, self.device = rules, precision, data.train_x.device
         self.generators = [generator_on(self.device, g) for g in generators]
@@ -44,6 +45,7 @@ class Lockstep:
         self.opt = optimizer(list(self.learning.values()))
         self.rates = [group["lr"] for group in self.opt.param_groups]
         self.rate, self.replay = None, None
+        self.record = can_record(self.device) if record is None else record
         self.totals = torch.zeros(2, len(rules), dtype=torch.float64, device=self.device)
         over_seeds = torch.vmap if len(rules) > 1 else lambda f, in_dims=None: f
         self._step = over_seeds(self._one_step)
@@ -72,8 +74,7 @@ class Lockstep:
             mine = [self._of_seed(tensors, s) for tensors in (self.params, self.state)]
             for name, value in rule.refresh(*mine, generator).items():
                 mine[1][name].copy_(value)
-        record = can_record(self.device)
-        advance, ahead = (self.replay, AHEAD) if record else (self._advance, 1)
+        advance, ahead = (self.replay, AHEAD) if self.record else (self._advance, 1)
         n, size = len(self.data.train_x), self.batch_size
         order = _join([torch.randperm(n, generator=g, device=g.device) for g in self.generators])
         steps, of_batch = n // size, order.dim() - 1

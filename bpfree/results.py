@@ -70,6 +70,7 @@ def record(
     *,
     data_root: str | os.PathLike | None = None,
     device: str = "cpu",
+    precision: str = "float32",
     folder: str | os.PathLike | None = None,
     progress: bool = False,
     deadline: float | None = None,
@@ -114,11 +115,13 @@ def record(
             run = fit(
                 recipe.make, data, epochs=recipe.epochs, batch_size=recipe.batch_size,
                 optimizer=recipe.optimizer, schedule=recipe.schedule, seeds=group, probe=PROBE,
-                device=device, progress=progress, checkpoint=checkpoint, deadline=deadline,
+                device=device, precision=precision, progress=progress, checkpoint=checkpoint,
+                deadline=deadline,
             )  # fmt: skip
         except Diverged as error:  # a result too
             run = error.run
-        made = {"seconds": round(run.seconds, 1), "seeds_together": len(group), **manifest(device)}
+        made = {"seconds": round(run.seconds, 1), "seeds_together": len(group)}
+        made |= manifest(device, precision)
         for i, seed in enumerate(group):
             result["runs"][str(seed)] = {**_curves(run, i), **made}
         result["runs"] = dict(sorted(result["runs"].items(), key=lambda item: int(item[0])))
@@ -140,7 +143,7 @@ def _curves(run: Run, i: int) -> dict:
     return {**curves, "diverged": run.diverged[i]}
 
 
-def manifest(device: str) -> dict:
+def manifest(device: str, precision: str = "float32") -> dict:
     """What a number depends on beside its settings: hardware, versions, commit."""
 
     def git(*args: str) -> str:
@@ -155,7 +158,7 @@ def manifest(device: str) -> dict:
     cpu = f"CPU, {threads} thread{'s' * (threads > 1)}"
     name = torch.cuda.get_device_name(device) if cuda else cpu
     return {
-        "device": name,
+        "device": name if precision == "float32" else f"{name}, {precision}",
         "machine": platform.machine(),
         "python": platform.python_version(),
         "torch": torch.__version__,

@@ -149,7 +149,7 @@ class Rule(nn.Module):
         # in bfloat16 the errors of a trained network would round to zero
         log_p = F.log_softmax(logits, 1, dtype=torch.promote_types(logits.dtype, torch.float32))
         target = (y[:, None] == torch.arange(logits.shape[1], device=y.device)).to(log_p.dtype)
-        loss = -(log_p * target).sum(1).mean()
+        loss = F.nll_loss(log_p, y)
         signals = self.signals(params, state, trace, log_p.exp() - target, target)
         del trace
         grads, kept = {}, []

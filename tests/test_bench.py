@@ -4,28 +4,41 @@ import json
 from functools import partial
 
 import pytest
+import torch
 
 import bpfree
-from bpfree import bench, cli
+from bpfree import bench, bench_engine, cli, timing
 
 ARMS = ("autograd", "Backprop", "PEPITA")
+
+
+def table_1(g):
+    return bpfree.convnet((3, 32, 32), (32,), kernel_size=5, padding=0, num_classes=10, generator=g)
 
 
 @pytest.fixture
 def small(monkeypatch):
     """The bench on tiny networks, two rules and few rounds."""
     networks = {
-        "6-5-4": (lambda g: bpfree.mlp(6, 5, 4, dropout=0.1, generator=g), 8),
-        "conv": (lambda g: bpfree.convnet((1, 6, 6), (2,), num_classes=3, generator=g), 4),
+        "784-1024-10": (lambda g: bpfree.mlp(784, 5, 10, dropout=0.1, generator=g), 64),
+        "3x32x32-conv32-10": (
+            lambda g: bpfree.convnet(
+                (3, 32, 32), (32,), kernel_size=5, padding=0, num_classes=3, generator=g
+            ),
+            4,
+        ),
     }
+    monkeypatch.setattr(bench_engine, "STEPS", 2)
+    for module in (bench, bench_engine):
+        monkeypatch.setattr(module, "NETWORKS", networks)
+    for name in ("seeds", "engine", "released"):
+        monkeypatch.setattr(bench_engine, name, partial(getattr(bench_engine, name), rounds=1))
     changes = {
-        "NETWORKS": networks,
         "RULES": {name: getattr(bpfree, name) for name in ARMS[1:]},
         "DEPTHS": (4, 8),
         "WIDTH": 64,
         "DEPTH_BATCH": 16,
         "steps": partial(bench.steps, rounds=3, repeats=1),
-        "seeds": partial(bench.seeds, counts=(1, 2), rounds=1),
     }
     for name, value in changes.items():
         monkeypatch.setattr(bench, name, value)
@@ -42,8 +55,8 @@ def test_compare_gives_the_median_of_the_ratios_within_rounds_after_a_warm_up(mo
         calls.append((arm, repeats, device))
         return next(clocks[arm]) / 1e3
 
-    monkeypatch.setattr(bench, "_seconds", timed)
-    rows = bench.compare({n: n for n in seconds}, "base", rounds=3, repeats=7, device="meta")
+    monkeypatch.setattr(timing, "_seconds", timed)
+    rows = timing.compare({n: n for n in seconds}, "base", rounds=3, repeats=7, device="meta")
     # ratios 3, 1, 1; the ratio of the medians would be 1.5
     assert rows == {
         "base": {"median_ms": 2, "min_ms": 1, "max_ms": 10, "ratio": 1},
@@ -56,8 +69,8 @@ def test_compare_gives_the_median_of_the_ratios_within_rounds_after_a_warm_up(mo
 
 def test_seconds_are_those_of_one_call(monkeypatch):
     calls, clock = [], iter([10.0, 13.0])
-    monkeypatch.setattr(bench.time, "perf_counter", lambda: next(clock))
-    assert bench._seconds(lambda: calls.append(1), 6, "cpu") == 0.5
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: next(clock))
+    assert timing._seconds(lambda: calls.append(1), 6, "cpu") == 0.5
     assert len(calls) == 6
 
 
@@ -70,10 +83,10 @@ def test_run_writes_what_it_returns_with_every_network_arm_and_depth(small, tmp_
     read = json.loads((tmp_path / "bench-cpu.json").read_text())
     assert read == json.loads(json.dumps(content))
     assert set(read) == {
-        "steps", "memory_MB", "memory_setting", "seeds",
+        "steps", "memory_MB", "memory_setting", "seeds", "engine", "released",
         "device", "machine", "python", "torch", "commit",
     }  # fmt: skip
-    assert list(read["steps"]) == ["6-5-4, batch 8", "conv, batch 4"]
+    assert list(read["steps"]) == ["784-1024-10, batch 64", "3x32x32-conv32-10, batch 4"]
     times = {"median_ms", "min_ms", "max_ms", "ratio"}
     for rows in read["steps"].values():
         assert tuple(rows) == ARMS
@@ -87,8 +100,32 @@ def test_run_writes_what_it_returns_with_every_network_arm_and_depth(small, tmp_
         assert list(depths) == ["4", "8"]
         assert 0 < depths["4"] < depths["8"]
     assert read["memory_setting"] == {"width": 64, "batch": 16}
-    assert {count: set(row) for count, row in read["seeds"].items()} == {"1": times, "2": times}
+    assert {count: set(row) for count, row in read["seeds"].items()} == {"1": times, "10": times}
     assert read["seeds"]["1"]["ratio"] == 1
+    assert list(read["engine"]) == ["autograd", "launched", "compiled"]
+    for rows, theirs in zip(
+        read["released"].values(), ("loop over positions", "DataLoader"), strict=True
+    ):
+        assert rows[theirs]["ratio"] > 0
+
+
+def test_the_released_loop_over_positions_is_the_convolutions_weight_gradient(small, monkeypatch):
+    arms = {}
+    monkeypatch.setattr(bench_engine, "compare", lambda given, *rest: arms.update(given) or {})
+    monkeypatch.setattr(bench_engine, "NETWORKS", {"3x32x32-conv32-10": (table_1, 4)})
+    bench_engine.released()
+    ours, theirs = arms["one convolution"]()["weight"], arms["loop over positions"]()
+    torch.testing.assert_close(theirs.reshape(ours.shape), ours, rtol=1e-5, atol=1e-2)
+
+
+def test_plain_modules_are_the_network():
+    g = torch.Generator().manual_seed(0)
+    net = table_1(g)
+    x = torch.rand(4, 3, 32, 32, generator=g)
+    torch.testing.assert_close(timing.plain(net)(x), net(x))
+    dropped = timing.plain(bpfree.mlp(6, 50, 4, dropout=0.5, generator=g))
+    names = ["Flatten", "Linear", "ReLU", "Dropout", "Flatten", "Linear", "Identity"]
+    assert [type(m).__name__ for m in dropped] == names
 
 
 def test_table_has_one_row_per_arm_and_one_column_per_network():
