@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 import sys
 import time
 
@@ -132,12 +133,16 @@ def main(argv: list[str] | None = None) -> int:
     try:
         commands = {"list": _list, "run": _run, "bench": _bench, "report": _report}
         commands[args.command](args)
+        sys.stdout.flush()
     except OutOfTime as error:
         print(f"bpfree: {error}; the same command goes on from there", file=sys.stderr)
         return 3
     except KeyboardInterrupt:
         print("bpfree: interrupted; the same command goes on from there", file=sys.stderr)
         return 130
+    except BrokenPipeError:  # whoever read our output, `head` say, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except (ValueError, OSError) as error:
         print(f"bpfree: {error}", file=sys.stderr)
         return 2

@@ -100,11 +100,13 @@ def fit(
         Diverged: a ``FloatingPointError``, at the end, if the loss of a seed was not finite.
         OSError: if a checkpoint cannot be written; the one before it is whole.
     """
+    if not isinstance(epochs, int) or epochs < 1:
+        raise ValueError(f"epochs must be a whole number, at least 1, got {epochs!r}")
+    if isinstance(seeds, int) or not len(seeds) or len(set(seeds)) != len(seeds):
+        raise ValueError(f"seeds must be a list, distinct, at least one, got {seeds!r}")
     seeds = list(seeds)
-    if epochs < 1:
-        raise ValueError(f"epochs must be at least 1, got {epochs}")
-    if not seeds or len(set(seeds)) != len(seeds):
-        raise ValueError(f"seeds must be distinct, at least one, got {seeds}")
+    if not 0 <= probe <= len(data.train_x):
+        raise ValueError(f"probe must be in 0..{len(data.train_x)}, got {probe!r}")
     if not 1 <= batch_size <= len(data.train_x):
         raise ValueError(f"batch_size must be in 1..{len(data.train_x)}, got {batch_size}")
     if precision not in PRECISIONS:

@@ -115,6 +115,17 @@ MUTANTS = [
     Mutant("lockstep.py", "rule.refresh(*mine, generator).items()", "{}.items()",
            "feedback never refreshed", "test_pepita.py::"
            "test_fit_refreshes_before_each_epoch_from_the_seeds_generator"),
+    Mutant("lockstep.py", "if rate != self.rate:", "if self.rate is None:",
+           "a recorded step keeps its first rate",
+           "test_device.py::test_a_recorded_step_trains_as_the_step_itself[one-backprop]"),
+    Mutant("lockstep.py", "m.narrow(of_batch, start, size)", "m.narrow(of_batch, 0, size)",
+           "masks drawn ahead are used again",
+           "test_device.py::test_a_recorded_step_trains_as_the_step_itself[one-backprop]"),
+    Mutant("device.py", "mine.copy_(theirs)", "pass", "a replay sees the first batch for ever",
+           "test_device.py::test_a_recorded_step_trains_as_the_step_itself[one-backprop]"),
+    Mutant("device.py", 'allow_tf32=name == "tf32"', "allow_tf32=True",
+           "float32 convolutions are TF32", "test_device.py::"
+           "test_precision_is_what_was_asked_for_inside_and_what_it_was_outside[float32]"),
     Mutant("lockstep.py", "{**rule.params(), **rule.state()}.items()", "rule.params().items()",
            "refreshed feedback not given back", "test_pepita.py::"
            "test_vectorised_seeds_get_back_the_feedback_of_seeds_one_at_a_time"),

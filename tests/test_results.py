@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -191,3 +193,9 @@ def test_rows_of_one_rule_are_told_apart_by_their_options():
     plain, mirrored = results.table(names, "/nowhere").splitlines()[2:]
     assert plain.startswith("| PEPITA |")
     assert mirrored.startswith("| PEPITA, mirroring 20 |")
+
+
+def test_a_reader_who_has_seen_enough_is_no_error():
+    command = f"'{sys.executable}' -m bpfree list | head -n 1; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")

@@ -234,6 +234,10 @@ def test_nothing_is_printed_unless_asked(few_digits, capsys):
 
 BAD = {
     "no epochs": (dict(epochs=0), "epochs.*0"),
+    "half an epoch": (dict(epochs=1.5), "whole number.*1.5"),
+    "a number of seeds": (dict(seeds=3), "list.*3"),
+    "probe too large": (dict(probe=101), r"probe.*0\.\.100.*101"),
+    "unknown precision": (dict(precision="half"), "precision.*float32.*half"),
     "no seeds": (dict(seeds=[]), r"seeds.*\[\]"),
     "repeated seeds": (dict(seeds=[1, 2, 1]), r"distinct.*\[1, 2, 1\]"),
     "batch too large": (dict(batch_size=101), r"1\.\.100.*101"),
