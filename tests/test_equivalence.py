@@ -5,6 +5,7 @@ import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from oracles import (
+    BATCHWISE,
     ONE_PASS,
     RULES,
     assert_same,
@@ -305,7 +306,7 @@ def test_T6_with_one_hidden_block_pepita_is_feedback_alignment_with_feedback_min
 # ---- every rule ----------------------------------------------------------------------------------
 
 
-@every_rule
+@pytest.mark.parametrize("name", [name for name in RULES if name not in BATCHWISE])
 @given(problem=problems, seed=seeds)
 def test_T12_a_batchs_gradient_is_the_mean_of_its_samples_gradients(name, problem, seed):
     net, x, y = problem

@@ -111,8 +111,10 @@ class EKDAA(Backprop):
                 self.register_parameter(f"E{l}", nn.Parameter(E))
 
     def _f(self, l: int) -> Callable[[Tensor], Tensor]:
-        f = self.target_activation
-        return self.net[l - 1].act if f is None else f if callable(f) else ACTIVATIONS[f][0]
+        f, block = self.target_activation, self.net[l - 1]
+        if f is None or not block.is_conv:
+            return block.act
+        return f if callable(f) else ACTIVATIONS[f][0]
 
     def feedback(self, l, params, state):
         E = params[f"rule.E{l}"]
