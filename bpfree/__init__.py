@@ -8,6 +8,7 @@ from .network import Network, convnet, mlp
 from .rule import Rule, Update
 from .rules import (
     DRTP,
+    EKDAA,
     PEPITA,
     Backprop,
     DirectFeedbackAlignment,
@@ -23,6 +24,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "DRTP",
+    "EKDAA",
     "PEPITA",
     "Backprop",
     "Block",

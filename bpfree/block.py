@@ -24,6 +24,7 @@ ACTIVATIONS: dict[str, tuple[Callable, Callable]] = {
     "identity": (lambda a: a, lambda v, a, z: v),
     "relu": (torch.relu, lambda v, a, z: aten.threshold_backward(v, z, 0)),
     "tanh": (torch.tanh, lambda v, a, z: aten.tanh_backward(v, z)),
+    "sign": (torch.sign, lambda v, a, z: torch.zeros_like(v)),
     "sigmoid": (torch.sigmoid, lambda v, a, z: aten.sigmoid_backward(v, z)),
 }
 

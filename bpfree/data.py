@@ -48,8 +48,8 @@ class DamagedFile(ValueError):
 class Data:
     """A data set resident on one device.
 
-    Images are uint8, (N, channels, height, width); ``scale`` brings them to [0, 1]. Labels are
-    int64, (N,), in 0..num_classes-1.
+    Images are uint8, (N, channels, height, width); ``scale`` brings them to [0, 1], to which
+    ``shift`` is added. Labels are int64, (N,), in 0..num_classes-1.
     """
 
     name: str
@@ -58,6 +58,7 @@ class Data:
     test_x: Tensor
     test_y: Tensor
     scale: float
+    shift: float = 0.0
 
     @property
     def num_classes(self) -> int:
@@ -72,8 +73,9 @@ class Data:
         return digest.hexdigest()
 
     def inputs(self, x: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-        """uint8 images as network input in [0, 1]."""
-        return x.to(dtype) * self.scale
+        """uint8 images as network input in [shift, 1 + shift]."""
+        x = x.to(dtype) * self.scale
+        return x + self.shift if self.shift else x
 
     def holdout(self, n: int) -> Data:
         """The same training set with its last n samples in the place of the test set.
@@ -83,7 +85,8 @@ class Data:
         if not 0 < n < len(self.train_x):
             raise ValueError(f"n must be in 1..{len(self.train_x) - 1}, got {n}")
         x, y = self.train_x, self.train_y
-        return Data(f"{self.name}-holdout{n}", x[:-n], y[:-n], x[-n:], y[-n:], self.scale)
+        parts = dict(train_x=x[:-n], train_y=y[:-n], test_x=x[-n:], test_y=y[-n:])
+        return dataclasses.replace(self, name=f"{self.name}-holdout{n}", **parts)
 
     def to(self, device: torch.device | str) -> Data:
         tensors = ("train_x", "train_y", "test_x", "test_y")

@@ -92,7 +92,8 @@ def record(
     result = {"format": FORMAT, "recipe": settings, "data_checksum": None, "runs": {}}
     if file.exists():
         result = read(recipe.name, folder)
-        theirs = result["recipe"]
+        # a field that did not exist when the file was recorded had its default's effect
+        theirs = {**_defaults(), **result["recipe"]}
         changed = [k for k in settings if k != "seeds" and settings[k] != theirs.get(k)]
         if changed:
             was = ", ".join(f"{k}={theirs.get(k)!r} (now {settings[k]!r})" for k in changed)
@@ -104,7 +105,7 @@ def record(
             file.with_name(f"{recipe.name}.{seed}.ckpt").unlink(missing_ok=True)
         return result
     file.parent.mkdir(parents=True, exist_ok=True)
-    data = load(recipe.data, data_root)
+    data = dataclasses.replace(load(recipe.data, data_root), shift=recipe.shift)
     if result["data_checksum"] not in (None, data.checksum):
         raise ValueError(f"{file} was recorded on other data than {recipe.data} in {data_root}")
     result["data_checksum"] = data.checksum
@@ -128,6 +129,13 @@ def record(
         write_json(file, result)
         checkpoint.unlink()
     return result
+
+
+def _defaults() -> dict:
+    """The recipe's fields that have a default, as JSON gives them back."""
+    defaults = {f.name: f.default for f in dataclasses.fields(Recipe)}
+    given = {name: d for name, d in defaults.items() if d is not dataclasses.MISSING}
+    return json.loads(json.dumps(given))
 
 
 def _curves(run: Run, i: int) -> dict:

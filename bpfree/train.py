@@ -180,9 +180,10 @@ def _train(
     options = [{k: v for k, v in vars(p).items() if isinstance(v, plain)} for p in parts]
     start = [lockstep.state_dict()[k] for k in ("params", "state", "generators")] if file else None
     kinds = [type(o).__name__ for o in (lockstep.rules[0], lockstep.opt)]
+    data = lockstep.data
     settings = [
         kinds, options, shapes, start, seeds, rates, probe, lockstep.batch_size,
-        lockstep.precision, lockstep.opt.defaults, lockstep.data.checksum if file else None,
+        lockstep.precision, lockstep.opt.defaults, data.shift, data.checksum if file else None,
     ]  # fmt: skip
     fingerprint = checkpoints.digest(settings)
     if file and (saved := checkpoints.load(file, fingerprint)):

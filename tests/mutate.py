@@ -46,7 +46,7 @@ MUTANTS = [
     Mutant("rules/backprop.py", 'return params[f"{l - 1}.linear.weight"]',
            "return self.net[l - 1].linear.weight", "stale weights: the module's own",
            "test_rule.py::test_update_reads_only_the_weights_and_feedback_it_is_given"),
-    Mutant("rules/backprop.py", "lower.local_vjp(v, trace[l - 2])", "v",
+    Mutant("rules/backprop.py", "self.net[l - 1].local_vjp(v, t)", "v",
            "missing derivative in the chain",
            "test_feedback.py::test_signals_and_gradients_of_an_mlp_are_the_equations"),
     Mutant("rules/feedback.py", "block.local_vjp(v, t)", "v", "missing derivative of a broadcast",
@@ -79,8 +79,8 @@ MUTANTS = [
            "Kolen-Pollack's feedback learns nothing", "test_equivalence.py::"
            "test_T2_kolen_pollack_feedback_approaches_the_weights_at_the_rate_of_the_decay"),
     # ---- feedback and its options ----
-    Mutant("rules/feedback.py", "_like_weight(weight, feedback_scale, generator))\n\n    def feedb",
-           "_like_weight(weight, feedback_scale, generator), persistent=False)\n\n    def feedb",
+    Mutant("rules/feedback.py", "like_weight(weight, feedback_scale, generator))\n\n    def feedb",
+           "like_weight(weight, feedback_scale, generator), persistent=False)\n\n    def feedb",
            "feedback left out of state_dict",
            "test_feedback.py::test_what_is_fixed_is_a_buffer_and_what_learns_is_a_parameter"),
     Mutant("rules/feedback.py", "feedback_scale * math.sqrt(6 / size)", "math.sqrt(6 / size)",

@@ -28,6 +28,15 @@ TWO_PASS: dict[str, Callable[..., bpfree.Rule]] = {
     "pepita-local": partial(bpfree.PEPITA, presynaptic="time-local", cheap=False),
     "pepita-saving": partial(bpfree.PEPITA, saving=True, presynaptic="first", conv_scaling="sum"),
 }
+# EKDAA's feedback learns; what the released code does to convolutions is in the last
+EKDAAS: dict[str, Callable[..., bpfree.Rule]] = {
+    "ekdaa": bpfree.EKDAA,
+    "ekdaa-random": partial(bpfree.EKDAA, start="random", beta=0.7, gamma=0.5),
+    "ekdaa-released": partial(
+        bpfree.EKDAA, target="bilinear", target_activation="sigmoid", swap_axes=True,
+        normalise_feedback=True, normalise_updates=True, scale_updates=True,
+    ),
+}  # fmt: skip
 # every rule with every option that changes its signal; the keys are the tests' ids
 RULES: dict[str, Callable[..., bpfree.Rule]] = {
     "backprop": bpfree.Backprop,
@@ -39,17 +48,23 @@ RULES: dict[str, Callable[..., bpfree.Rule]] = {
     "drtp": bpfree.DRTP,
     "frozen": bpfree.Frozen,
     **TWO_PASS,
+    **EKDAAS,
 }
 # those with r_l = h_{l-1} and delta_L = e, which need no hidden block
 ONE_PASS = [name for name in RULES if name not in TWO_PASS]
 # those with feedback of their own: random draws that differ from one generator to another
-WITH_FEEDBACK = ("fa", "sign-fixed", "kp", "dfa", "drtp", *TWO_PASS)
+WITH_FEEDBACK = ("fa", "sign-fixed", "kp", "dfa", "drtp", *TWO_PASS, "ekdaa-random")
+# those whose feedback is a parameter
+LEARNING_FEEDBACK = ("kp", *EKDAAS)
+# those in which a sample's signal depends on the others of its batch: no T12
+BATCHWISE = ("ekdaa-released",)
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "identity": lambda a: a * 1,
     "relu": lambda a: a.clamp(min=0),
     "tanh": lambda a: a.sinh() / a.cosh(),
     "sigmoid": lambda a: 1 / (1 + torch.exp(-a)),
+    "sign": lambda a: a.sign(),
 }
 
 
@@ -188,6 +203,7 @@ def written_out(
 ) -> tuple[list[Tensor], dict[str, Tensor]]:
     """Teaching signals [delta_1, delta_2, delta_3] and gradients of a fully connected network."""
     (W1, b1), (W2, b2), (W3, b3) = ((k.linear.weight, k.linear.bias) for k in net)
+    options = getattr(RULES[name], "keywords", {})
     with torch.no_grad():
         h1 = torch.tanh(x @ W1.T + b1)
         h2 = torch.tanh(h1 @ W2.T + b2)
@@ -197,6 +213,11 @@ def written_out(
         def descend(M3: Tensor, M2: Tensor) -> list[Tensor]:
             delta2 = (e @ M3) * slope2
             return [(delta2 @ M2) * slope1, delta2, e]
+
+        def towards_targets(beta: float = 0.9, **_) -> list[Tensor]:
+            a1, a2 = x @ W1.T + b1, h1 @ W2.T + b2
+            delta2 = h2 - torch.tanh(a2 - beta * e @ fixed["E3"])
+            return [h1 - torch.tanh(a1 - beta * delta2 @ fixed["E2"]), delta2, e]
 
         def broadcast(sent: Tensor) -> list[Tensor]:
             return [(sent @ fixed["D1"]) * slope1, (sent @ fixed["D2"]) * slope2, e]
@@ -211,6 +232,8 @@ def written_out(
             deltas = broadcast(e)
         elif name == "drtp":
             deltas = broadcast(t)
+        elif name in EKDAAS:
+            deltas = towards_targets(**options)
         else:
             deltas = [0 * h1, 0 * h2, e]
         grads = {}
@@ -219,6 +242,9 @@ def written_out(
             grads[f"{l}.linear.bias"] = delta.mean(0)
         if name == "kp":
             grads |= {"rule.B2": grads["1.linear.weight"], "rule.B3": grads["2.linear.weight"]}
+        if name in EKDAAS:
+            gamma = options.get("gamma", 0.1)
+            grads |= {f"rule.E{l}": gamma * grads[f"{l - 1}.linear.weight"] for l in (2, 3)}
     return deltas, grads
 
 
@@ -230,7 +256,7 @@ class Cut:
 
     def __init__(self, block: bpfree.Block, h: Tensor, mask: Tensor | None):
         conv = isinstance(block.linear, nn.Conv2d)
-        self.block, self.like = block, h
+        self.block, self.like, self.mask = block, h, mask
         self.r = h if conv else h.reshape(len(h), -1)
         self.a = block.linear(self.r).detach().requires_grad_()
         self.h = plain_phi(block, self.a, mask)
@@ -239,6 +265,13 @@ class Cut:
         """The activity, in a block with pooling the one before the pool: PEPITA's h."""
         h = self.h if self.block.pool is None else plain_activation(self.block, self.a)
         return h.detach()
+
+    def routed(self, v: Tensor) -> Tensor:
+        """v through dropout and pool to the activity before them."""
+        z = plain_activation(self.block, self.a).detach().requires_grad_()
+        h = z if self.block.pool is None else self.block.pool(z)
+        h = h if self.mask is None else h * self.mask
+        return torch.autograd.grad(h, z, v.reshape(h.shape))[0]
 
     def slope_times(self, v: Tensor) -> Tensor:
         """phi' * v."""
@@ -310,6 +343,65 @@ def two_passes(
     return deltas, grads
 
 
+def towards_targets(
+    net: bpfree.Network,
+    E: dict[str, Tensor],
+    x: Tensor,
+    y: Tensor,
+    masks: dict[int, Tensor] | None = None,
+    *,
+    beta: float = 0.9,
+    gamma: float = 0.1,
+    target: str = "unpooled",
+    target_activation: str | None = None,
+    swap_axes: bool = False,
+    normalise_feedback: bool = False,
+    normalise_updates: bool = False,
+    scale_updates: bool = False,
+    **_,  # start, feedback_scale: they made E
+) -> tuple[list[Tensor], dict[str, Tensor]]:
+    """Teaching signals and gradients of EKDAA."""
+    cuts, L = dict(enumerate(cut_up(net, x, masks), 1)), len(net)
+    conv = {l: isinstance(block.linear, nn.Conv2d) for l, block in enumerate(net, 1)}
+    deltas, grads, scales = (
+        {L: error_and_target(cuts[L].h.detach(), y)[0]},
+        {},
+        dict.fromkeys(cuts, 1),
+    )
+
+    def f(l: int, a: Tensor) -> Tensor:
+        if target_activation and conv[l]:
+            return ACTIVATIONS[target_activation](a)
+        return plain_activation(net[l - 1], a)
+
+    for l in range(L - 1, 0, -1):
+        cut, M = cuts[l], E[f"E{l + 1}"]
+        v = cuts[l + 1].carry(
+            deltas[l + 1], M.permute(0, 1, 3, 2) if swap_axes and conv[l + 1] else M
+        )
+        if normalise_feedback and conv[l + 1] and v.max() > 1:
+            v = v / v.max()
+        a, pool = cut.a.detach(), cut.block.pool
+        if target == "bilinear" and conv[l] and pool is not None:
+            v = v if cut.mask is None else v * cut.mask
+            moved = nn.Upsample(a.shape[2:], mode="bilinear")(pool(a) - beta * v)
+        else:
+            moved = a - beta * cut.routed(v)
+        deltas[l] = f(l, a) - f(l, moved)
+    for l, cut in cuts.items():
+        if target_activation and conv[l] and l > 1 and net[l - 2].pool is None:
+            below = cuts[l - 1]
+            cut.r = f(l - 1, below.a.detach()) * (1 if below.mask is None else below.mask)
+        mine = cut.gradients(deltas[l])
+        if normalise_updates and conv[l]:
+            scales[l] /= max(1, len(x) * float(mine["weight"].max()))
+        if scale_updates and conv[l]:
+            scales[l] /= mine["weight"].shape[0] * mine["weight"].shape[1]
+        grads |= {f"{l - 1}.linear.{key}": scales[l] * grad for key, grad in mine.items()}
+    grads |= {f"rule.E{l}": gamma * grads[f"{l - 1}.linear.weight"] for l in range(2, L + 1)}
+    return [scales[l] * deltas[l] for l in cuts], grads
+
+
 def block_by_block(
     name: str,
     net: bpfree.Network,
@@ -322,6 +414,8 @@ def block_by_block(
     if name in TWO_PASS:
         options = getattr(RULES[name], "keywords", {})
         return two_passes(net, fixed["F"], x, y, masks, **options)
+    if name in EKDAAS:
+        return towards_targets(net, fixed, x, y, masks, **getattr(RULES[name], "keywords", {}))
     cuts, L = dict(enumerate(cut_up(net, x, masks), 1)), len(net)
     e, t = error_and_target(cuts[L].h.detach(), y)
     W = {l: block.linear.weight.detach() for l, block in enumerate(net, 1)}

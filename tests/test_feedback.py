@@ -5,6 +5,8 @@ import math
 import pytest
 import torch
 from oracles import (
+    EKDAAS,
+    LEARNING_FEEDBACK,
     ONE_PASS,
     RULES,
     TWO_PASS,
@@ -219,7 +221,13 @@ def test_unit_magnitudes_are_the_scale_itself(mlp):
 def test_what_is_fixed_is_a_buffer_and_what_learns_is_a_parameter(name, mlp):
     rule = RULES[name](mlp.net, generator=generator())
     fixed, learned = set(rule.state()), {k for k in rule.params() if k.startswith("rule.")}
-    letters = {"fa": "B", "kp": "B", "sign-unit": "S", "sign-fixed": "S"}
+    letters = {
+        "fa": "B",
+        "kp": "B",
+        "sign-unit": "S",
+        "sign-fixed": "S",
+        **dict.fromkeys(EKDAAS, "E"),
+    }
     keys = {
         "dfa": {"D1", "D2"},
         "drtp": {"D1", "D2"},
@@ -228,8 +236,9 @@ def test_what_is_fixed_is_a_buffer_and_what_learns_is_a_parameter(name, mlp):
         **dict.fromkeys(TWO_PASS, {"F"}),
     }.get(name, {f"{letters.get(name)}{l}" for l in (2, 3)})
     assert set(rule.state_dict()) == keys
-    assert fixed == (set() if name == "kp" else keys)
-    assert learned == ({f"rule.{k}" for k in keys} if name == "kp" else set())
+    learns = name in LEARNING_FEEDBACK
+    assert fixed == (set() if learns else keys)
+    assert learned == ({f"rule.{k}" for k in keys} if learns else set())
     assert all(not B.requires_grad for B in rule.state().values())
     assert all(B.requires_grad for B in rule.parameters())
 

@@ -1,6 +1,7 @@
 """One file per family of learning rules: where its teaching signal comes from."""
 
 from .backprop import Backprop
+from .ekdaa import EKDAA
 from .falsifiers import Frozen, shuffled
 from .feedback import (
     DRTP,
@@ -13,6 +14,7 @@ from .pepita import PEPITA
 
 __all__ = [
     "DRTP",
+    "EKDAA",
     "PEPITA",
     "Backprop",
     "DirectFeedbackAlignment",

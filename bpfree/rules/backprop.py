@@ -14,17 +14,21 @@ class Backprop(Rule):
         delta_L = e,    delta_l = phi_l'(a_l) * (delta_{l+1} W_{l+1}),    r_l = h_{l-1}
 
     Its gradients are autograd's. Rules that send the error down the same chain through other
-    matrices override ``feedback`` alone.
+    matrices override ``feedback`` alone; those that need no derivative, ``descend``.
     """
 
     def feedback(self, l: int, params: dict[str, Tensor], state: dict[str, Tensor]) -> Tensor:
         """The matrix, shaped like W_l, that carries delta_l down to block l - 1 (l = 2..L)."""
         return params[f"{l - 1}.linear.weight"]
 
+    def descend(self, l: int, v: Tensor, t: Trace) -> Tensor:
+        """delta_l from the feedback v that arrived at h_l: through the block's own derivative."""
+        return self.net[l - 1].local_vjp(v, t)
+
     def signals(self, params, state, trace: list[Trace], error, target) -> list[Signal]:
         deltas = [error]
         for l in range(len(self.net), 1, -1):
-            upper, lower = self.net[l - 1], self.net[l - 2]
-            v = upper.transpose(deltas[0], self.feedback(l, params, state), trace[l - 2].h)
-            deltas.insert(0, lower.local_vjp(v, trace[l - 2]))
+            M, below = self.feedback(l, params, state), trace[l - 2]
+            v = self.net[l - 1].transpose(deltas[0], M, below.h)
+            deltas.insert(0, self.descend(l - 1, v, below))
         return [(t.r, delta) for t, delta in zip(trace, deltas, strict=True)]

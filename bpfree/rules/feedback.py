@@ -22,7 +22,7 @@ def check_scale(name: str, scale: float) -> None:
         raise ValueError(f"{name} must be a positive finite number, got {scale}")
 
 
-def _like_weight(weight: Tensor, scale: float, generator: torch.Generator | None) -> Tensor:
+def like_weight(weight: Tensor, scale: float, generator: torch.Generator | None) -> Tensor:
     """A random matrix of the shape, device and dtype of W_l: U(+-scale * sqrt(6 / fan_in))."""
     bound = scale * math.sqrt(6 / weight[0].numel())
     return uniform(weight.shape, bound, generator).to(weight)
@@ -48,7 +48,7 @@ class FeedbackAlignment(Backprop):
         super().__init__(net, generator)
         check_scale("feedback_scale", feedback_scale)
         for l, weight in enumerate(net.weights()[1:], 2):
-            self.register_buffer(f"B{l}", _like_weight(weight, feedback_scale, generator))
+            self.register_buffer(f"B{l}", like_weight(weight, feedback_scale, generator))
 
     def feedback(self, l, params, state):
         return state[f"B{l}"]
@@ -81,7 +81,7 @@ class SignSymmetry(Backprop):
         check_scale("scale", scale)
         for l, weight in enumerate(net.weights()[1:], 2):
             if magnitude == "fixed":
-                S = _like_weight(weight, scale, generator).abs()
+                S = like_weight(weight, scale, generator).abs()
             else:
                 S = weight.new_tensor(scale)
             self.register_buffer(f"S{l}", S)
@@ -113,7 +113,7 @@ class KolenPollack(Backprop):
         super().__init__(net, generator)
         check_scale("feedback_scale", feedback_scale)
         for l, weight in enumerate(net.weights()[1:], 2):
-            B = nn.Parameter(_like_weight(weight, feedback_scale, generator))
+            B = nn.Parameter(like_weight(weight, feedback_scale, generator))
             self.register_parameter(f"B{l}", B)
 
     def feedback(self, l, params, state):
