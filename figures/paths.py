@@ -33,6 +33,9 @@ PANELS = {
     "DirectFeedbackAlignment": ("e", (r"$D_2$", r"$D_1$"), False, r"$\delta_l=\phi'\ast(e\,D_l)$"),
     "DRTP": ("y", (r"$D_2$", r"$D_1$"), False, r"$\delta_l=\phi'\ast(y\,D_l)$"),
     "PEPITA": None,  # teaches by a second pass: drawn by itself
+    "EKDAA": (
+        "e", (r"$E_3$", r"$E_2$"), True, r"$\delta_l=h_l-\phi(a_l-\beta\,\delta_{l+1}E_{l+1})$",
+    ),
 }  # fmt: skip
 
 
@@ -117,10 +120,8 @@ def panel(ax, rule: str) -> None:
 def main() -> None:
     style.use()
     fig, axes = plt.subplots(2, 4, figsize=(11.2, 8.4))
-    for ax, rule in zip(axes.flat, PANELS, strict=False):
+    for ax, rule in zip(axes.flat, PANELS, strict=True):
         panel(ax, rule)
-    for ax in axes.flat[len(PANELS) :]:
-        ax.remove()
     fig.savefig(Path(__file__).with_suffix(".svg"), metadata={"Date": None})
 
 
