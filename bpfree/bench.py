@@ -17,7 +17,7 @@ from .timing import NETWORKS, SGD, compare, plain
 RULES: dict[str, type[Rule]] = {
     name: getattr(rules, name)
     for name in ("Backprop", "FeedbackAlignment", "SignSymmetry", "KolenPollack",
-                 "DirectFeedbackAlignment", "DRTP", "PEPITA")
+                 "DirectFeedbackAlignment", "DRTP", "PEPITA", "EKDAA")
 }  # fmt: skip
 DEPTHS, WIDTH, DEPTH_BATCH = (4, 16, 64), 256, 64
 

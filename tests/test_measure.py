@@ -152,14 +152,14 @@ def test_fgsm_of_softmax_regression_is_the_closed_form(epsilon):
     torch.testing.assert_close(fgsm(net, x, y, epsilon), expected)
 
 
-def test_fgsm_raises_the_loss_and_lowers_the_accuracy_of_any_module(either):
+def test_fgsm_raises_the_loss_of_any_module(either):
     x, y = images(either.net)
     net = torch.nn.Sequential(either.net, torch.nn.LogSoftmax(1))
-    y = net(x).argmax(1)
-    fooled = fgsm(net, x, y, 0.3)
-    assert (net(fooled).argmax(1) == y).double().mean() < 0.9
-    before, after = (torch.nn.functional.cross_entropy(net(v), y) for v in (x, fooled))
-    assert after > 1.1 * before
+    losses = [
+        float(torch.nn.functional.cross_entropy(net(fgsm(net, x, y, epsilon)), y).detach())
+        for epsilon in (0.0, 0.1, 0.3)
+    ]
+    assert losses[0] < losses[1] - 0.01 < losses[2] - 0.02
 
 
 def test_fgsm_keeps_to_its_bounds_and_its_size(either):

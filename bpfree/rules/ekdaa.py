@@ -29,8 +29,9 @@ class EKDAA(Backprop):
 
     with z_l = f(a_l), the activity before pooling and dropout, and u_l = delta_{l+1} E_{l+1}, sent
     through dropout and pool to the units that they chose. Only values of f are used, so any
-    elementwise function will do, ``torch.sign`` too. delta_l has a factor of about beta^(L-l), and
-    is backprop's times that as beta -> 0 if E = W (theorem T7).
+    elementwise function will do, ``torch.sign`` too. Where f is smooth and E = W, delta_l tends to
+    beta^(L-l) times backprop's as beta -> 0 (theorem T7). With signs it is 0 or +-2 at any beta,
+    and a network of several such blocks needs a small one.
 
     Parameters ``E2`` .. ``EL``, which get gamma * grad W_l: pass ``rule.parameters()`` to the
     optimiser. Under plain SGD E_t = (1 - gamma) W_0 + gamma W_t (theorem T8). A weight decay of the
