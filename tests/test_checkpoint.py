@@ -5,11 +5,13 @@ import json
 import os
 import random
 import signal
+import threading
 import time
 from functools import partial
 
 import pytest
 import torch
+from tqdm import tqdm
 
 import bpfree
 from bpfree import checkpoint, cli, recipes, results, train
@@ -87,6 +89,8 @@ def test_fifty_kills_at_random_moments_change_no_bit(folder, tmp_path_factory):
     while kills < 50:
         pid = os.fork()
         if pid == 0:
+            # tqdm's own lock is shared with this process: killed with it, a child would hold it
+            tqdm.set_lock(threading.RLock())
             os._exit(run(target))
         time.sleep(rng.uniform(0, min(0.6 * duration, 0.5)))
         os.kill(pid, signal.SIGKILL)

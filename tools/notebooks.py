@@ -46,9 +46,9 @@ def run(twin: Path) -> None:
     from nbclient import NotebookClient
 
     nb = render(twin)
-    NotebookClient(
-        nb, timeout=600, kernel_name="python3", resources={"metadata": {"path": str(CHAPTERS)}}
-    ).execute()
+    # coalesced: how often the kernel flushed its output must not show
+    settings = dict(timeout=600, kernel_name="python3", coalesce_streams=True)
+    NotebookClient(nb, **settings, resources={"metadata": {"path": str(CHAPTERS)}}).execute()
     for cell in nb.cells:
         cell.metadata.pop("execution", None)  # timestamps
         for output in cell.get("outputs", []):
