@@ -33,11 +33,19 @@ NETWORKS: dict[str, tuple[Callable[[torch.Generator], Network], int]] = {
         ),
         50,
     ),
-}
+    # EKDAA's network, a quarter as wide
+    "3x32x32-conv16x3-32x3-32-10": (
+        lambda g: convnet(
+            (3, 32, 32), (16, 16, 16, 32, 32, 32), (32,), pool=(1, 2, 1, 2, 1, 2),
+            activation="tanh", init="glorot", num_classes=10, generator=g,
+        ),
+        50,
+    ),
+}  # fmt: skip
 RULES: dict[str, type[Rule]] = {
     name: getattr(rules, name)
     for name in ("Backprop", "FeedbackAlignment", "SignSymmetry", "KolenPollack",
-                 "DirectFeedbackAlignment", "DRTP", "PEPITA")
+                 "DirectFeedbackAlignment", "DRTP", "PEPITA", "EKDAA")
 }  # fmt: skip
 DEPTHS, WIDTH, DEPTH_BATCH = (4, 16, 64), 256, 64
 

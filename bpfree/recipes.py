@@ -177,13 +177,13 @@ def _ekdaa() -> list[Recipe]:
     """
     half = round(math.sqrt(1 / 2), 4)
     arms = {
-        "ekdaa": ("EKDAA", {}, "tanh", 0.03),
-        "ekdaa-sign": ("EKDAA", {}, "sign", 0.03),
+        "ekdaa": ("EKDAA", {}, "tanh", 0.01),
+        "ekdaa-sign": ("EKDAA", {"beta": 0.3}, "sign", 0.001),
         "bp": ("Backprop", {}, "tanh", 0.03),
         "fa": ("FeedbackAlignment", {"feedback_scale": half}, "tanh", 0.03),
-        "dfa": ("DirectFeedbackAlignment", {}, "tanh", 0.03),
+        "dfa": ("DirectFeedbackAlignment", {}, "tanh", 0.01),
         "sign-symmetry": ("SignSymmetry", {"magnitude": "fixed", "scale": half}, "tanh", 0.03),
-        "frozen-sign": ("Frozen", {}, "sign", 0.03),
+        "frozen-sign": ("Frozen", {}, "sign", 0.003),
     }
     channels, pools = (64, 64, 64, 128, 128, 128), (1, 2, 1, 2, 1, 2)
     cells = []
@@ -208,7 +208,7 @@ def _ekdaa() -> list[Recipe]:
                     source="arXiv 2206.01820", **common,
                 )
             )  # fmt: skip
-    return cells
+    return sorted(cells, key=lambda recipe: recipe.epochs)  # those of minutes before those of hours
 
 
 _TABLE_1 = _pepita_table_1()

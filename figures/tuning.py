@@ -3,9 +3,9 @@
     python figures/tuning.py        completes figures/results/tuning-*.json
 
 A few epochs at a constant rate on the training images less the last 10,000, which measure; one
-seed that no recorded run uses. The test set is never looked at. The same grid for every rule of an
-experiment; DRTP, whose hidden signal does not shrink as the network learns, also has its feedback
-scale chosen.
+seed that no recorded run uses. The test set is never looked at. The same rates for every arm of an
+experiment. Two arms also have an option chosen: DRTP, whose hidden signal does not shrink as the
+network learns, its feedback scale; and EKDAA with signs, whose does not shrink with beta, its beta.
 """
 
 from __future__ import annotations
@@ -18,9 +18,15 @@ import bpfree
 from bpfree import recipes, results
 
 RATES = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
-SCALES = {"DRTP": (0.001, 0.01, 0.1, 1.0)}
+SCALES = tuple({"feedback_scale": scale} for scale in (0.001, 0.01, 0.1, 1.0))
+# how its recipes' names begin -> epochs, rates, and for some arms the options to choose from
+EXPERIMENTS = {
+    "mnist-fc": (5, RATES, {"drtp": SCALES, "drtp-relu": SCALES}),
+    "ekdaa-fc-fashion-mnist": (
+        2, (0.0001, 0.0003, 0.001, *RATES), {"ekdaa-sign": ({}, {"beta": 0.3}, {"beta": 0.1})}
+    ),
+}  # fmt: skip
 SEED, HOLDOUT = 100, 10_000
-EXPERIMENTS = {"mnist-fc": 5, "ekdaa-fc-fashion-mnist": 2}  # how its recipes begin -> epochs
 
 
 def accuracy(recipe: recipes.Recipe, epochs: int, data: bpfree.data.Data) -> float | None:
@@ -35,16 +41,17 @@ def accuracy(recipe: recipes.Recipe, epochs: int, data: bpfree.data.Data) -> flo
     return round(run.test_accuracy[0, -1].item(), 2)
 
 
-def tune(experiment: str, epochs: int) -> None:
+def tune(experiment: str) -> None:
     """Complete an experiment's grid."""
+    epochs, rates, choices = EXPERIMENTS[experiment]
     file = results.path(f"tuning-{experiment}")
     grid = json.loads(file.read_text())["grid"] if file.exists() else []
     bases = [r for name, r in recipes.RECIPES.items() if name.startswith(f"{experiment}-")]
     data = dataclasses.replace(bpfree.load(bases[0].data).holdout(HOLDOUT), shift=bases[0].shift)
     for base in bases:
-        for scale in SCALES.get(base.rule, (None,)):
-            options = base.options if scale is None else {"feedback_scale": scale}
-            for lr in RATES:
+        arm = base.name.removeprefix(f"{experiment}-")
+        for options in choices.get(arm, (base.options,)):
+            for lr in rates:
                 row = {"recipe": base.name, "lr": lr, "options": options}
                 if not any(row.items() <= known.items() for known in grid):
                     recipe = dataclasses.replace(base, lr=lr, options=options)
@@ -55,5 +62,5 @@ def tune(experiment: str, epochs: int) -> None:
 
 
 if __name__ == "__main__":
-    for experiment, epochs in EXPERIMENTS.items():
-        tune(experiment, epochs)
+    for experiment in EXPERIMENTS:
+        tune(experiment)

@@ -118,6 +118,22 @@ MUTANTS = [
     Mutant("lockstep.py", "{**rule.params(), **rule.state()}.items()", "rule.params().items()",
            "refreshed feedback not given back", "test_pepita.py::"
            "test_vectorised_seeds_get_back_the_feedback_of_seeds_one_at_a_time"),
+    # ---- EKDAA ----
+    Mutant("rules/ekdaa.py", "moved = torch.sub(a,", "moved = torch.add(a,",
+           "target on the wrong side",
+           "test_ekdaa.py::test_gradients_of_an_mlp_are_the_equations"),
+    Mutant("rules/ekdaa.py", "weight.detach().clone()", "weight.detach()",
+           "feedback that is the weights, not a copy",
+           "test_ekdaa.py::test_feedback_starts_as_a_copy_of_the_weights_and_draws_nothing"),
+    Mutant("rules/ekdaa.py", "self.gamma * grads", "grads", "gamma without effect",
+           "test_equivalence.py::"
+           "test_T8_feedback_less_gamma_times_the_weights_shrinks_with_the_decay_alone"),
+    Mutant("rules/ekdaa.py", "torch.promote_types(t.a.dtype, torch.float32)", "t.a.dtype",
+           "signals that are differences of rounded activities",
+           "test_rule.py::test_autocast_keeps_small_errors_of_a_trained_network[ekdaa]"),
+    Mutant("rules/ekdaa.py", "F.interpolate(moved,", "a - self.beta * F.interpolate(v,",
+           "up-sampled feedback in the place of an up-sampled target",
+           "test_ekdaa.py::test_a_target_that_is_up_sampled_teaches_without_any_error"),
     # ---- networks ----
     Mutant("network.py", " / (1 - block.dropout)", "", "dropout not rescaled",
            "test_network.py::test_masks_are_zero_or_the_inverse_keep_probability"),
@@ -142,6 +158,12 @@ MUTANTS = [
     Mutant("measure.py", "2 * torch.atan2((u - v).norm(), (u + v).norm())",
            "torch.acos((u * v).sum().clamp(-1, 1))", "small angles lose their digits",
            "test_measure.py::test_tiny_angles_keep_their_digits"),
+    Mutant("measure.py", "epsilon * slope.sign()", "-epsilon * slope.sign()",
+           "adversarial examples that help", "test_measure.py::"
+           "test_fgsm_of_softmax_regression_is_the_closed_form"),
+    Mutant("results.py", "{**_defaults(), **result", "{**result",
+           "a new field makes every record another recipe's", "test_results.py::"
+           "test_a_field_newer_than_the_file_is_good_at_its_default_alone"),
     Mutant("data.py", "if not check_integrity(path, md5):", "if False:",
            "damaged files are read", "test_data.py::test_a_damaged_file_is_named_and_not_loaded"),
 ]  # fmt: skip

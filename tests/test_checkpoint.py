@@ -46,11 +46,12 @@ def run(folder, *args):
     return cli.main(["run", "small", "--quiet", "--results", str(folder), *args])
 
 
-def fitted(recipe=SMALL, **changes):
+def fitted(recipe=SMALL, shift=0.0, **changes):
     """A short vectorised run; its trained parameters and loss."""
     keywords = dict(epochs=4, seeds=(0, 1), vectorize=True, batch_size=128, probe=32)
     keywords |= dict(optimizer=partial(torch.optim.Adam, lr=1e-3)) | changes
-    return bpfree.fit(recipe.make, bpfree.load(), **keywords)
+    data = dataclasses.replace(bpfree.load(), shift=shift)
+    return bpfree.fit(recipe.make, data, **keywords)
 
 
 def bits(a):
@@ -143,6 +144,7 @@ def test_checkpoint_holds_no_pickled_code(tmp_path):
         {"batch_size": 64},
         {"epochs": 5},
         {"recipe": MIRRORED},
+        {"shift": -0.5},
     ],
     ids=lambda c: next(iter(c)),
 )

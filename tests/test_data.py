@@ -1,5 +1,6 @@
 """Data sets: what is loaded is what it says, and nothing missing or damaged is trained on."""
 
+import dataclasses
 import hashlib
 import os
 from pathlib import Path
@@ -42,6 +43,14 @@ def test_inputs_are_in_zero_to_one_in_the_dtype_asked_for(digits):
     assert x.min() == 0
     assert x.max() == 1
     assert torch.equal(digits.inputs(digits.train_x, torch.float64), digits.train_x.double() / 16)
+
+
+def test_a_shift_is_added_to_the_scaled_inputs_and_kept(digits):
+    moved = dataclasses.replace(digits, shift=-0.5)
+    for data in (moved, moved.to("cpu"), moved.holdout(200)):
+        x = data.inputs(data.train_x, torch.float64)
+        torch.testing.assert_close(x, data.train_x.double() / 16 - 0.5)
+    assert digits.shift == 0
 
 
 def test_the_checksum_is_over_images_and_labels_and_known(digits):

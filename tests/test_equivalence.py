@@ -13,6 +13,7 @@ from oracles import (
     block_by_block,
     convnets,
     copies,
+    cut_up,
     error_and_target,
     generator,
     hidden_weights,
@@ -301,6 +302,115 @@ def test_T6_with_one_hidden_block_pepita_is_feedback_alignment_with_feedback_min
         ),
         at=0.01,
     )
+
+
+# ---- EKDAA ---------------------------------------------------------------------------------------
+
+smooth_problems = st.one_of(mlps(depth=(2, 4), activation=curved), convnets(activation=curved))
+
+
+def relative_to_beta(signals, beta):
+    """delta_l / beta^(L - l)."""
+    return [delta / beta ** (len(signals) - l) for l, (_, delta) in enumerate(signals, 1)]
+
+
+@given(smooth_problems)
+def test_T7_ekdaa_with_the_weights_as_feedback_is_beta_to_the_depth_times_backprop_to_first_order(
+    problem,
+):
+    net, x, y = problem
+    theirs = [delta for _, delta in update_of(bpfree.Backprop(net), x, y).signals]
+
+    def errors(beta):
+        ours = relative_to_beta(update_of(bpfree.EKDAA(net, beta=beta), x, y).signals, beta)
+        return [u - v for u, v in zip(ours, theirs, strict=True)]
+
+    assume(all(delta.norm() > 1e-3 for delta in theirs))
+    beta = 0.01  # at 0.001, three blocks down, rounding is what is left
+    for whole, half, delta in zip(errors(beta), errors(beta / 2), theirs, strict=True):
+        assert whole.norm() < 0.1 * delta.norm()
+        assert (whole - 2 * half).norm() < 0.1 * beta * delta.norm()
+    assert not errors(0.9)[-1].any()
+
+
+@given(problem=smooth_problems, seed=seeds)
+def test_T7_fails_for_other_feedback_and_for_up_sampled_targets(problem, seed):
+    net, x, y = problem
+    theirs = [delta for _, delta in update_of(bpfree.Backprop(net), x, y).signals]
+    e, W = theirs[-1], net.weights()[-1].detach()
+    other = bpfree.EKDAA(net, beta=EPS, start="random", generator=generator(seed))
+    E = other.feedback(len(net), other.params(), {}).detach()
+    assume(theirs[-2].norm() > 1e-3)
+    assume(relative_error(e @ E, e @ W) > 0.5)
+    ours = relative_to_beta(update_of(other, x, y).signals, EPS)
+    assert relative_error(ours[-2], theirs[-2]) > 0.01
+    if net[0].pool is not None:
+        bilinear = bpfree.EKDAA(net, beta=EPS, target="bilinear")
+        ours = relative_to_beta(update_of(bilinear, x, y).signals, EPS)
+        assert relative_error(ours[0], theirs[0]) > 1
+
+
+def turning(rule, x, y):
+    """Blocks in which a target's pre-activation has another sign than the unit's."""
+    cuts, signals = cut_up(rule.net, x, None), update_of(rule, x, y).signals
+    assume(all(cut.a.all() for cut in cuts))  # ReLU has no derivative at 0
+    found = []
+    for l in range(1, len(cuts)):
+        v = cuts[l].carry(signals[l][1], rule.feedback(l + 1, rule.params(), {}).detach())
+        a = cuts[l - 1].a
+        moved = a - rule.beta * cuts[l - 1].routed(v)
+        if ((moved > 0) != (a > 0)).any():
+            found.append(l)
+    return found
+
+
+@given(st.one_of(mlps(depth=(2, 4), activation=st.just("relu")),
+                 convnets(activation=st.just("relu"))))  # fmt: skip
+def test_T7_with_relu_it_is_exact_at_finite_beta_where_no_pre_activation_changes_sign(problem):
+    net, x, y = problem
+    theirs = [delta for _, delta in update_of(bpfree.Backprop(net), x, y).signals]
+    beta, turned = 1.0, True
+    while turned:  # at 1, 1/2, 1/4, ... there is one at which none does
+        beta /= 2
+        rule = bpfree.EKDAA(net, beta=beta)
+        ours = relative_to_beta(update_of(rule, x, y).signals, beta)
+        turned = turning(rule, x, y)
+        if turned:  # there, and below, it is not exact; above it is
+            l = max(turned)
+            assert not torch.allclose(ours[l - 1], theirs[l - 1], rtol=1e-9, atol=0)
+            torch.testing.assert_close(ours[l:], theirs[l:])
+    assert beta > 1e-9
+    torch.testing.assert_close(ours, theirs, rtol=1e-7, atol=1e-16 / beta ** (len(net) - 1))
+
+
+@given(
+    problem=problems,
+    lr=st.floats(0.01, 0.3),
+    gamma=st.floats(0.0, 1.5),
+    weight_decay=st.sampled_from([0.0, 0.5]),
+    start=st.sampled_from(["weights", "random"]),
+    released=st.booleans(),
+    seed=seeds,
+)
+def test_T8_feedback_less_gamma_times_the_weights_shrinks_with_the_decay_alone(
+    problem, lr, gamma, weight_decay, start, released, seed
+):
+    net, x, y = problem
+    quirks = RULES["ekdaa-released"].keywords if released else {}
+    options = {"gamma": gamma, "start": start, **quirks}
+    rule = bpfree.EKDAA(net, **options, generator=generator(seed))
+    opt = torch.optim.SGD([*net.parameters(), *rule.parameters()], lr=lr, weight_decay=weight_decay)
+    E_0, W_0 = copies(dict(rule.named_parameters())), copies(weights_as_feedback(net, "E"))
+    for t in range(1, 9):
+        opt.zero_grad()
+        rule.backward(x, y)
+        opt.step()
+        E, W = copies(dict(rule.named_parameters())), copies(weights_as_feedback(net, "E"))
+        left = (1 - lr * weight_decay) ** t
+        assert_same({k: E[k] - gamma * W[k] for k in E},
+                    {k: left * (E_0[k] - gamma * W_0[k]) for k in E})  # fmt: skip
+        if start == "weights" and not weight_decay:
+            assert_same(E, {k: (1 - gamma) * W_0[k] + gamma * W[k] for k in E})
 
 
 # ---- every rule ----------------------------------------------------------------------------------

@@ -88,6 +88,59 @@ def test_file_of_other_settings_is_refused_and_left_alone(folder, monkeypatch, c
     assert results.path("small", folder).read_bytes() == before
 
 
+def without(field, file):
+    """The recorded file as it was before the recipe had a field."""
+    result = json.loads(file.read_text())
+    del result["recipe"][field]
+    file.write_text(json.dumps(result))
+
+
+@pytest.mark.parametrize("field", ["shift", "milestones"])
+def test_a_field_newer_than_the_file_is_good_at_its_default_alone(
+    field, folder, monkeypatch, capsys
+):
+    known = dataclasses.replace(SMALL, milestones=())
+    monkeypatch.setitem(recipes.RECIPES, "small", known)
+    run(folder, "--seeds", "0")
+    without(field, results.path("small", folder))
+    assert run(folder, "--seeds", "0:2") == 0
+    result = results.read("small", folder)
+    assert list(result["runs"]) == ["0", "1"]
+    assert field in result["recipe"]
+    without(field, results.path("small", folder))
+    other = {"shift": -0.5, "milestones": (1,)}[field]
+    monkeypatch.setitem(recipes.RECIPES, "small", dataclasses.replace(known, **{field: other}))
+    assert run(folder, "--seeds", "0") == 2
+    assert f"recorded with {field}=" in capsys.readouterr().err
+
+
+def test_a_missing_field_without_default_is_another_recipe(folder, capsys):
+    run(folder, "--seeds", "0")
+    without("lr", results.path("small", folder))
+    assert run(folder, "--seeds", "0") == 2
+    assert "lr=None (now 0.1)" in capsys.readouterr().err
+
+
+def test_recorded_results_of_the_book_are_of_its_recipes():
+    """Nothing is trained: ``record`` returns what is there if the settings are the same."""
+    for name, recipe in recipes.RECIPES.items():
+        if results.path(name).exists():
+            seeds = [int(seed) for seed in results.read(name)["runs"]]
+            assert results.record(recipe, seeds)["runs"], name
+
+
+def test_inputs_are_shifted_as_the_recipe_says(folder, monkeypatch):
+    seen = []
+    fit = results.fit
+    monkeypatch.setattr(results, "fit", lambda make, data, **k: seen.append(data) or fit(
+        make, data, **k))  # fmt: skip
+    monkeypatch.setitem(recipes.RECIPES, "small", dataclasses.replace(SMALL, shift=-0.5))
+    run(folder, "--seeds", "0")
+    (data,) = seen
+    x = data.inputs(data.train_x)
+    assert (x.min(), x.max()) == (-0.5, 0.5)
+
+
 @pytest.mark.parametrize(
     "content",
     [
@@ -168,9 +221,12 @@ def test_malformed_seeds_are_refused(seeds, capsys):
     assert repr(seeds) in capsys.readouterr().err
 
 
-def test_tuned_rates_are_the_best_of_the_recorded_grid():
-    grid = json.loads(results.path("tuning-mnist-fc").read_text())["grid"]
-    for name in {row["recipe"] for row in grid}:
+@pytest.mark.parametrize("experiment", ["mnist-fc", "ekdaa-fc-fashion-mnist"])
+def test_tuned_rates_are_the_best_of_the_recorded_grid(experiment):
+    grid = json.loads(results.path(f"tuning-{experiment}").read_text())["grid"]
+    names = {name for name in recipes.RECIPES if name.startswith(f"{experiment}-")}
+    assert {row["recipe"] for row in grid} == names
+    for name in names:
         rows = [row for row in grid if row["recipe"] == name and row["accuracy"] is not None]
         best = max(rows, key=lambda row: row["accuracy"])
         recipe = recipes.get(name)

@@ -377,7 +377,7 @@ def test_a_network_in_bfloat16_gets_gradients_near_the_float32_ones(name, either
     assert {p.grad.dtype for p in rule.params().values()} == {torch.bfloat16}
 
 
-@pytest.mark.parametrize("name", ["backprop", "dfa"])
+@pytest.mark.parametrize("name", ["backprop", "dfa", "ekdaa"])
 def test_autocast_keeps_small_errors_of_a_trained_network(name):
     net, x, y = mlp_problem(12, 30, 4, size=16)
     net.float()

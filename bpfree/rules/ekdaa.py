@@ -29,14 +29,15 @@ class EKDAA(Backprop):
 
     with z_l = f(a_l), the activity before pooling and dropout, and u_l = delta_{l+1} E_{l+1}, sent
     through dropout and pool to the units that they chose. Only values of f are used, so any
-    elementwise function will do, ``torch.sign`` too. delta_l has a factor of about beta^(L-l), and
-    is backprop's times that as beta -> 0 if E = W (theorem T7).
+    elementwise function will do, ``torch.sign`` too. Where f is smooth and E = W, delta_l tends to
+    beta^(L-l) times backprop's as beta -> 0 (theorem T7). With signs it is 0 or +-2 at any beta,
+    and a network of several such blocks needs a small one.
 
     Parameters ``E2`` .. ``EL``, which get gamma * grad W_l: pass ``rule.parameters()`` to the
     optimiser. Under plain SGD E_t = (1 - gamma) W_0 + gamma W_t (theorem T8). A weight decay of the
     optimiser decays E beside W, whence E_t - gamma W_t = (1 - lambda)^t (E_0 - gamma W_0) with
-    lambda = lr * weight_decay: E comes to point along W from any start, and with gamma = 1, from a
-    random one, E is Kolen-Pollack's B.
+    lambda = lr * weight_decay: from any start E comes to point along W; with gamma = 1 that is how
+    Kolen-Pollack's B learns.
 
     Source: arXiv 2206.01820. The options after ``feedback_scale`` are peculiarities of the released
     code (tzee/EKDAA-Release), one each, of convolutional blocks only; all are off by default.
@@ -143,14 +144,14 @@ class EKDAA(Backprop):
         signals = super().signals(params, state, trace, error, target)
         for l, block in enumerate(self.net, 1):
             r, delta = signals[l - 1]
-            if block.is_conv and l > 1 and self.target_activation is not None:
-                below = trace[l - 2]
-                if self.net[l - 2].pool is None:
-                    r = self._f(l - 1)(below.a)
-                    r = r if below.mask is None else r * below.mask
+            below = self.net[l - 2] if l > 1 and block.is_conv else None
+            if self.target_activation is not None and below is not None and below.pool is None:
+                t = trace[l - 2]
+                r = self._f(l - 1)(t.a)
+                r = r if t.mask is None else r * t.mask
             if block.is_conv and self.normalise_updates:
                 delta = delta / block.outer(delta, r)["weight"].amax().clamp(min=1)
             if block.is_conv and self.scale_updates:
-                delta = delta / block.linear.weight[:, :, 0, 0].numel()
+                delta = delta / math.prod(block.linear.weight.shape[:2])
             signals[l - 1] = r, delta
         return signals
