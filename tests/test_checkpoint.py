@@ -284,8 +284,10 @@ def test_one_diverged_seed_does_not_stop_or_change_the_others():
     torch.testing.assert_close(both.train_loss[:1], alone.train_loss)
 
 
-def test_checkpoints_of_seeds_not_recorded_yet_survive_a_repeated_run(folder):
-    assert run(folder, "--seeds", "5", "--budget", "0.05s") == 3
+def test_checkpoints_of_seeds_not_recorded_yet_survive_a_repeated_run(folder, monkeypatch):
+    with monkeypatch.context() as patch:
+        interrupt(patch, 2)
+        assert run(folder, "--seeds", "5") == 3
     (left,) = folder.glob("small.5.ckpt")
     for _ in range(2):  # the second finds nothing to do
         assert run(folder, "--seeds", "0") == 0
