@@ -64,7 +64,7 @@ def keep_freed_memory() -> bool:
     """Let the C library keep what tensors free, for the next ones; whether it could be told to.
 
     By default glibc gives large blocks back to the system, which hands them out again page by page,
-    each zeroed first: half the time of a step with large activities on a CPU (appendix). The
+    each zeroed first: a fifth or more of a step with large activities on a CPU (appendix). The
     setting is the whole process's, so it is for programs, not for libraries: ``bpfree`` uses it.
     """
     if not sys.platform.startswith("linux"):
