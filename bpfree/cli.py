@@ -74,6 +74,7 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--seeds", type=_seeds, help="0:3, 5 or 0,4 (default: the recipe's)")
     run.add_argument("--device", type=_device, default="cpu", help="cpu or cuda (default: cpu)")
     run.add_argument("--precision", choices=PRECISIONS, default="float32")
+    run.add_argument("--compile", action="store_true", help="torch.compile the step: for long runs")
     run.add_argument("--data", metavar="DIR", help="folder of the data sets (else BPFREE_DATA)")
     run.add_argument("--results", **folder)
     run.add_argument("--quiet", action="store_true", help="no progress bar")
@@ -106,8 +107,8 @@ def _run(args: argparse.Namespace) -> None:
         try:
             result = results.record(
                 recipe, args.seeds or recipe.seeds, data_root=args.data, device=args.device,
-                precision=args.precision, folder=args.results, progress=not args.quiet,
-                deadline=deadline,
+                precision=args.precision, compile=args.compile, folder=args.results,
+                progress=not args.quiet, deadline=deadline,
             )  # fmt: skip
         except (FileNotFoundError, DamagedFile) as error:
             if not args.all:
@@ -145,5 +146,8 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     except (ValueError, OSError) as error:
         print(f"bpfree: {error}", file=sys.stderr)
+        return 2
+    except torch._dynamo.exc.BackendCompilerFailed as error:  # no C++ compiler, mostly
+        print(f"bpfree: cannot compile the step: {str(error).splitlines()[0]}", file=sys.stderr)
         return 2
     return 0

@@ -34,7 +34,8 @@ class Lockstep:
         compile: bool = False,
         record: bool | None = None,  # None: wherever the device can
     ):
-        self.rules, self.precision, self.device = rules, precision, data.train_x.device
+        self.rules, self.device = rules, data.train_x.device
+        self.precision, self.compile = precision, compile
         self.generators = [generator_on(self.device, g) for g in generators]
         self.data, self.batch_size = data, batch_size
         self.net, self.dtype = rules[0].net, rules[0].net.weights()[0].dtype

@@ -71,6 +71,7 @@ def record(
     data_root: str | os.PathLike | None = None,
     device: str = "cpu",
     precision: str = "float32",
+    compile: bool = False,
     folder: str | os.PathLike | None = None,
     progress: bool = False,
     deadline: float | None = None,
@@ -116,13 +117,13 @@ def record(
             run = fit(
                 recipe.make, data, epochs=recipe.epochs, batch_size=recipe.batch_size,
                 optimizer=recipe.optimizer, schedule=recipe.schedule, seeds=group, probe=PROBE,
-                device=device, precision=precision, progress=progress, checkpoint=checkpoint,
-                deadline=deadline,
+                device=device, precision=precision, compile=compile, progress=progress,
+                checkpoint=checkpoint, deadline=deadline,
             )  # fmt: skip
         except Diverged as error:  # a result too
             run = error.run
         made = {"seconds": round(run.seconds, 1), "seeds_together": len(group)}
-        made |= manifest(device, precision)
+        made |= manifest(device, precision, compile)
         for i, seed in enumerate(group):
             result["runs"][str(seed)] = {**_curves(run, i), **made}
         result["runs"] = dict(sorted(result["runs"].items(), key=lambda item: int(item[0])))
@@ -151,7 +152,7 @@ def _curves(run: Run, i: int) -> dict:
     return {**curves, "diverged": run.diverged[i]}
 
 
-def manifest(device: str, precision: str = "float32") -> dict:
+def manifest(device: str, precision: str = "float32", compile: bool = False) -> dict:
     """What a number depends on beside its settings: hardware, versions, commit."""
 
     def git(*args: str) -> str:
@@ -165,8 +166,9 @@ def manifest(device: str, precision: str = "float32") -> dict:
     threads = torch.get_num_threads()
     cpu = f"CPU, {threads} thread{'s' * (threads > 1)}"
     name = torch.cuda.get_device_name(device) if cuda else cpu
+    how = [name, *[precision] * (precision != "float32"), *["compiled"] * compile]
     return {
-        "device": name if precision == "float32" else f"{name}, {precision}",
+        "device": ", ".join(how),
         "machine": platform.machine(),
         "python": platform.python_version(),
         "torch": torch.__version__,

@@ -183,7 +183,8 @@ def _train(
     data = lockstep.data
     settings = [
         kinds, options, shapes, start, seeds, rates, probe, lockstep.batch_size,
-        lockstep.precision, lockstep.opt.defaults, data.shift, data.checksum if file else None,
+        lockstep.precision, lockstep.compile, lockstep.opt.defaults, data.shift,
+        data.checksum if file else None,
     ]  # fmt: skip
     fingerprint = checkpoints.digest(settings)
     if file and (saved := checkpoints.load(file, fingerprint)):
