@@ -199,6 +199,7 @@ def convnet(
     padding: int | None = None,
     pool: int | Sequence[int] = 2,
     activation: str | Callable[[Tensor], Tensor] = "relu",
+    trunk: str | Callable[[Tensor], Tensor] | None = None,
     bias: bool = False,
     dropout: float = 0.0,
     init: str = "he",
@@ -213,6 +214,7 @@ def convnet(
         num_classes: number of logits.
         kernel_size, padding: of every convolution, stride 1; padding None keeps the size.
         pool: side of the max-pooling after each convolution (1: none), one for all or one each.
+        trunk: activation of the convolutional blocks; None: as the others.
         activation, bias, dropout, init, generator: as for ``mlp``.
 
     Raises:
@@ -230,10 +232,11 @@ def convnet(
     for c_out, side in zip(channels, pools, strict=True):
         conv = nn.utils.skip_init(nn.Conv2d, c_in, c_out, kernel_size, padding=padding, bias=bias)
         layer = nn.MaxPool2d(side) if side > 1 else None
-        blocks.append(_initialise(Block(conv, activation, layer, dropout), init, generator))
+        block = Block(conv, trunk or activation, layer, dropout)
+        blocks.append(_initialise(block, init, generator))
         c_in = c_out
-    trunk = Network(*blocks, input_shape=input_shape) if blocks else None
-    n_in = math.prod(trunk.shapes[-1]) if trunk else math.prod(input_shape)
+    below = Network(*blocks, input_shape=input_shape) if blocks else None
+    n_in = math.prod(below.shapes[-1]) if below else math.prod(input_shape)
     head = mlp(
         n_in, *hidden, num_classes,
         activation=activation, bias=bias, dropout=dropout, init=init, generator=generator,

@@ -16,10 +16,9 @@ import torch
 
 from . import recipes
 from .checkpoint import write_atomic
-from .data import load
-from .recipes import Recipe
+from .recipe import Recipe
 from .style import label
-from .train import Diverged, Run, fit
+from .train import Diverged, Run
 
 FORMAT = "bpfree-result/1"
 ROOT = Path(__file__).resolve().parent.parent
@@ -106,7 +105,7 @@ def record(
             file.with_name(f"{recipe.name}.{seed}.ckpt").unlink(missing_ok=True)
         return result
     file.parent.mkdir(parents=True, exist_ok=True)
-    data = dataclasses.replace(load(recipe.data, data_root), shift=recipe.shift)
+    data = recipe.load(data_root)
     if result["data_checksum"] not in (None, data.checksum):
         raise ValueError(f"{file} was recorded on other data than {recipe.data} in {data_root}")
     result["data_checksum"] = data.checksum
@@ -114,11 +113,9 @@ def record(
     for group in groups:
         checkpoint = file.with_name(f"{recipe.name}.{'-'.join(map(str, group))}.ckpt")
         try:
-            run = fit(
-                recipe.make, data, epochs=recipe.epochs, batch_size=recipe.batch_size,
-                optimizer=recipe.optimizer, schedule=recipe.schedule, seeds=group, probe=PROBE,
-                device=device, precision=precision, compile=compile, progress=progress,
-                checkpoint=checkpoint, deadline=deadline,
+            run = recipe.fit(
+                data, group, probe=PROBE, device=device, precision=precision, compile=compile,
+                progress=progress, checkpoint=checkpoint, deadline=deadline,
             )  # fmt: skip
         except Diverged as error:  # a result too
             run = error.run

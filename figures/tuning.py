@@ -16,6 +16,7 @@ import sys
 
 import bpfree
 from bpfree import recipes, results
+from bpfree.recipe import Recipe
 
 RATES = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
 SCALES = tuple({"feedback_scale": scale} for scale in (0.001, 0.01, 0.1, 1.0))
@@ -29,13 +30,10 @@ EXPERIMENTS = {
 SEED, HOLDOUT = 100, 10_000
 
 
-def accuracy(recipe: recipes.Recipe, epochs: int, data: bpfree.data.Data) -> float | None:
+def accuracy(recipe: Recipe, data: bpfree.data.Data) -> float | None:
     """Validation accuracy in %, or None where training diverged."""
     try:
-        run = bpfree.fit(
-            recipe.make, data, epochs=epochs, batch_size=recipe.batch_size,
-            optimizer=recipe.optimizer, seeds=[SEED],
-        )  # fmt: skip
+        run = recipe.fit(data, [SEED])
     except FloatingPointError:
         return None
     return round(run.test_accuracy[0, -1].item(), 2)
@@ -47,15 +45,16 @@ def tune(experiment: str) -> None:
     file = results.path(f"tuning-{experiment}")
     grid = json.loads(file.read_text())["grid"] if file.exists() else []
     bases = [r for name, r in recipes.RECIPES.items() if name.startswith(f"{experiment}-")]
-    data = dataclasses.replace(bpfree.load(bases[0].data).holdout(HOLDOUT), shift=bases[0].shift)
+    data = bases[0].load().holdout(HOLDOUT)
     for base in bases:
         arm = base.name.removeprefix(f"{experiment}-")
         for options in choices.get(arm, (base.options,)):
             for lr in rates:
                 row = {"recipe": base.name, "lr": lr, "options": options}
                 if not any(row.items() <= known.items() for known in grid):
-                    recipe = dataclasses.replace(base, lr=lr, options=options)
-                    grid.append({**row, "accuracy": accuracy(recipe, epochs, data)})
+                    changes = dict(lr=lr, options=options, epochs=epochs, milestones=())
+                    recipe = dataclasses.replace(base, **changes)
+                    grid.append({**row, "accuracy": accuracy(recipe, data)})
                     print(grid[-1], file=sys.stderr, flush=True)
                     head = {"seed": SEED, "epochs": epochs, "holdout": HOLDOUT}
                     results.write_json(file, {**head, "grid": grid})

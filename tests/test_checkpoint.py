@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 import bpfree
 from bpfree import checkpoint, cli, recipes, results, train
-from bpfree.recipes import Recipe
+from bpfree.recipe import Recipe
 
 SMALL = Recipe(
     name="small",

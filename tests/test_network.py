@@ -68,6 +68,12 @@ def test_convnet_has_the_shapes_its_arguments_say():
     assert net.num_classes == 5
 
 
+def test_convnet_gives_its_trunk_the_activation_asked_for():
+    options = dict(num_classes=5, activation="tanh", generator=generator())
+    net = bpfree.convnet((2, 8, 8), (3, 4), (6,), trunk="identity", **options)
+    assert [b.activation for b in net] == ["identity", "identity", "tanh", "identity"]
+
+
 def test_convnet_without_convolutions_is_an_mlp_that_flattens():
     net = bpfree.convnet((2, 3, 3), (), (7,), num_classes=4, generator=generator())
     x, _ = batch_for(net, 3)

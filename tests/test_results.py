@@ -8,8 +8,8 @@ import sys
 import pytest
 import torch
 
-from bpfree import cli, recipes, results
-from bpfree.recipes import Recipe
+from bpfree import cli, fit, recipes, results
+from bpfree.recipe import Recipe
 
 SMALL = Recipe(
     name="small",
@@ -133,8 +133,7 @@ def test_recorded_results_of_the_book_are_of_its_recipes():
 
 def test_inputs_are_shifted_as_the_recipe_says(folder, monkeypatch):
     seen = []
-    fit = results.fit
-    monkeypatch.setattr(results, "fit", lambda make, data, **k: seen.append(data) or fit(
+    monkeypatch.setattr("bpfree.recipe.fit", lambda make, data, **k: seen.append(data) or fit(
         make, data, **k))  # fmt: skip
     monkeypatch.setitem(recipes.RECIPES, "small", dataclasses.replace(SMALL, shift=-0.5))
     run(folder, "--seeds", "0")
@@ -239,7 +238,7 @@ def test_interruption_is_one_line_that_says_how_to_go_on(folder, monkeypatch, ca
     def interrupt(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(results, "fit", interrupt)
+    monkeypatch.setattr("bpfree.recipe.fit", interrupt)
     assert run(folder) == 130
     assert "the same command goes on from there" in capsys.readouterr().err
 

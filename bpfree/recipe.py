@@ -1,0 +1,67 @@
+"""One experiment as data: everything that decides its result, and how to train it."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import torch
+
+from . import network, rules
+from .data import Data, load
+from .rule import Rule
+from .train import Run, fit
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """One experiment. The learning rate starts at ``lr`` and falls tenfold at each milestone."""
+
+    name: str
+    data: str  # a name that ``load`` knows
+    network: tuple[str, tuple, dict[str, Any]]  # "mlp" or "convnet", its arguments, its keywords
+    rule: str  # class name
+    options: dict[str, Any]  # the rule's keywords
+    epochs: int
+    lr: float
+    momentum: float = 0.9
+    weight_decay: float = 0.0
+    batch_size: int = 64
+    milestones: tuple[int, ...] = ()  # epochs, counted from 0
+    shift: float = 0.0  # added to the inputs, which are in [0, 1] without
+    seeds: tuple[int, ...] = (0, 1, 2)
+    source: str = "this book"  # paper and table cell, or this book
+    paper: str | None = None  # the paper's test accuracy in %, as printed there; None: not verified
+
+    def make(self, generator: torch.Generator) -> Rule:
+        """A fresh network and its rule; ``Shuffled`` before a rule's name shuffles its signals."""
+        kind, args, keywords = self.network
+        net = getattr(network, kind)(*args, **keywords, generator=generator)
+        rule = getattr(rules, self.rule.removeprefix("Shuffled"))
+        if self.rule.startswith("Shuffled"):
+            rule = rules.shuffled(rule)
+        return rule(net, **self.options, generator=generator)
+
+    @property
+    def optimizer(self) -> partial:
+        """``torch.optim.SGD`` with this recipe's settings bound; fused, in one pass over memory."""
+        settings = dict(lr=self.lr, momentum=self.momentum, weight_decay=self.weight_decay)
+        return partial(torch.optim.SGD, **settings, fused=True)
+
+    def schedule(self, epoch: int) -> float:
+        """Factor on the learning rate in an epoch (0, 1, ...)."""
+        return 0.1 ** sum(epoch >= m for m in self.milestones)
+
+    def load(self, root: str | os.PathLike | None = None) -> Data:
+        """Its data set, shifted as it says."""
+        return dataclasses.replace(load(self.data, root), shift=self.shift)
+
+    def fit(self, data: Data, seeds: Sequence[int], **options: Any) -> Run:
+        """``bpfree.fit`` with this recipe's settings."""
+        return fit(
+            self.make, data, epochs=self.epochs, batch_size=self.batch_size,
+            optimizer=self.optimizer, schedule=self.schedule, seeds=seeds, **options,
+        )  # fmt: skip
