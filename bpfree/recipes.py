@@ -145,38 +145,43 @@ def _ekdaa() -> list[Recipe]:
     """
     half = round(math.sqrt(1 / 2), 4)
     arms = {
-        "ekdaa": ("EKDAA", {}, "tanh", 0.01),
+        "ekdaa": ("EKDAA", {}, "tanh", 0.1),
         "ekdaa-sign": ("EKDAA", {"beta": 0.3}, "sign", 0.001),
         "bp": ("Backprop", {}, "tanh", 0.03),
         "fa": ("FeedbackAlignment", {"feedback_scale": half}, "tanh", 0.03),
         "dfa": ("DirectFeedbackAlignment", {}, "tanh", 0.01),
         "sign-symmetry": ("SignSymmetry", {"magnitude": "fixed", "scale": half}, "tanh", 0.03),
         "frozen-sign": ("Frozen", {}, "sign", 0.003),
-        "released": ("EKDAA", _RELEASED, "tanh", None),
     }
+    shallow = {  # a second hidden layer of switches is taught by avalanches
+        "ekdaa-sign-1-hidden": ("EKDAA", {}, "sign", 0.003),
+        "frozen-sign-1-hidden": ("Frozen", {}, "sign", 0.003),
+    }
+    released = {"released": ("EKDAA", _RELEASED, "tanh", None)}
     channels, pools = (64, 64, 64, 128, 128, 128), (1, 2, 1, 2, 1, 2)
     cells = []
     for data, shape in (
         ("fashion-mnist", (1, 28, 28)), ("cifar10", (3, 32, 32)), ("svhn", (3, 32, 32)),
     ):  # fmt: skip
-        for arm, (rule, options, activation, lr) in arms.items():
-            common = dict(data=data, rule=rule, options=options, momentum=0.85, batch_size=50,
-                          shift=-0.5)  # fmt: skip
+        common = dict(data=data, momentum=0.85, batch_size=50, shift=-0.5)
+        for arm, (rule, options, activation, lr) in {**arms, **shallow}.items():
+            hidden = (512,) if arm in shallow else (512, 512)
             net = dict(activation=activation, init="glorot")
-            cnn = dict(num_classes=10, pool=pools, **net)
-            if arm == "released":
-                cnn["trunk"] = "identity"
-            else:
-                cells.append(
-                    Recipe(
-                        name=f"ekdaa-fc-{data}-{arm}", epochs=30, lr=lr,
-                        network=("mlp", (math.prod(shape), 512, 512, 10), net), **common,
-                    )
-                )  # fmt: skip
             cells.append(
                 Recipe(
-                    name=f"ekdaa-cnn-{data}-{arm}", epochs=500, lr=0.001 * 50,
-                    network=("convnet", (shape, channels, (128,)), cnn),
+                    name=f"ekdaa-fc-{data}-{arm}", rule=rule, options=options, epochs=30, lr=lr,
+                    network=("mlp", (math.prod(shape), *hidden, 10), net), milestones=(20, 27),
+                    **common,
+                )
+            )  # fmt: skip
+        for arm, (rule, options, activation, _) in {**arms, **released}.items():
+            net = dict(num_classes=10, pool=pools, activation=activation, init="glorot")
+            if arm in released:
+                net["trunk"] = "identity"
+            cells.append(
+                Recipe(
+                    name=f"ekdaa-cnn-{data}-{arm}", rule=rule, options=options, epochs=500,
+                    network=("convnet", (shape, channels, (128,)), net), lr=0.001 * 50,
                     source="arXiv 2206.01820", **common,
                 )
             )  # fmt: skip

@@ -2,8 +2,8 @@
 
     python figures/tuning.py        completes figures/results/tuning-*.json
 
-A few epochs at a constant rate on the training images less the last 10,000, which measure; one
-seed that no recorded run uses. The test set is never looked at. The same rates for every arm of an
+A few epochs on the training images less the last 10,000, which measure; one seed that no recorded
+run uses. The test set is never looked at. The same rates for every arm of an
 experiment. Two arms also have an option chosen: DRTP, whose hidden signal does not shrink as the
 network learns, its feedback scale; and EKDAA with signs, whose does not shrink with beta, its beta.
 """
@@ -20,11 +20,14 @@ from bpfree.recipe import Recipe
 
 RATES = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
 SCALES = tuple({"feedback_scale": scale} for scale in (0.001, 0.01, 0.1, 1.0))
-# how its recipes' names begin -> epochs, rates, and for some arms the options to choose from
+BETAS = ({}, {"beta": 0.3})
+# how its recipes' names begin -> epochs, milestones, rates, and for some arms the options to
+# choose from
 EXPERIMENTS = {
-    "mnist-fc": (5, RATES, {"drtp": SCALES, "drtp-relu": SCALES}),
+    "mnist-fc": (5, (), RATES, {"drtp": SCALES, "drtp-relu": SCALES}),
     "ekdaa-fc-fashion-mnist": (
-        2, (0.0001, 0.0003, 0.001, *RATES), {"ekdaa-sign": ({}, {"beta": 0.3}, {"beta": 0.1})}
+        5, (3, 4), (0.0003, 0.001, 0.003, 0.01, 0.03, 0.1),
+        {"ekdaa-sign": BETAS, "ekdaa-sign-1-hidden": BETAS},
     ),
 }  # fmt: skip
 SEED, HOLDOUT = 100, 10_000
@@ -41,7 +44,7 @@ def accuracy(recipe: Recipe, data: bpfree.data.Data) -> float | None:
 
 def tune(experiment: str) -> None:
     """Complete an experiment's grid."""
-    epochs, rates, choices = EXPERIMENTS[experiment]
+    epochs, milestones, rates, choices = EXPERIMENTS[experiment]
     file = results.path(f"tuning-{experiment}")
     grid = json.loads(file.read_text())["grid"] if file.exists() else []
     bases = [r for name, r in recipes.RECIPES.items() if name.startswith(f"{experiment}-")]
@@ -52,11 +55,16 @@ def tune(experiment: str) -> None:
             for lr in rates:
                 row = {"recipe": base.name, "lr": lr, "options": options}
                 if not any(row.items() <= known.items() for known in grid):
-                    changes = dict(lr=lr, options=options, epochs=epochs, milestones=())
+                    changes = dict(lr=lr, options=options, epochs=epochs, milestones=milestones)
                     recipe = dataclasses.replace(base, **changes)
                     grid.append({**row, "accuracy": accuracy(recipe, data)})
                     print(grid[-1], file=sys.stderr, flush=True)
-                    head = {"seed": SEED, "epochs": epochs, "holdout": HOLDOUT}
+                    head = {
+                        "seed": SEED,
+                        "epochs": epochs,
+                        "milestones": milestones,
+                        "holdout": HOLDOUT,
+                    }
                     results.write_json(file, {**head, "grid": grid})
 
 
