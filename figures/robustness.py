@@ -4,7 +4,8 @@
 
 The attacker is backprop's recipe with a seed that no other run uses: its own weights, its own
 order. Its FGSM examples of the whole test set are shown to each arm, and so are images changed as
-much with random signs: only what is lost beyond these is owed to the attack.
+much with random signs: only what is lost beyond these is owed to the attack. Runs that are not
+recorded yet are recorded on the way.
 """
 
 from __future__ import annotations
@@ -18,14 +19,19 @@ from torch import Tensor, nn
 from bpfree import measure, recipes, results
 from bpfree.data import Data
 from bpfree.device import keep_freed_memory
+from bpfree.recipe import Recipe
 
 EXPERIMENT = "ekdaa-fc-fashion-mnist"  # how the names of its recipes begin
 ATTACKER, SEEDS = 50, (0, 1, 2)
 LEVELS = (0, 2, 4, 8, 16, 32)  # epsilon in grey levels, of 255
 
 
-def trained(name: str, seed: int, data: Data) -> nn.Module:
-    return recipes.get(name).fit(data, [seed]).rules[0].net.eval()
+def trained(recipe: Recipe, seed: int, data: Data, folder: str | None = None) -> nn.Module:
+    """The network of a recorded run; ``record`` finds its checkpoint, and trains nothing."""
+    checkpoint = results.path(f"{recipe.name}.{seed}", folder).with_suffix(".ckpt")
+    run = recipe.fit(data, [seed], probe=results.PROBE, checkpoint=checkpoint)
+    results.record(recipe, [seed], folder=folder)
+    return run.rules[0].net.eval()
 
 
 @torch.no_grad()
@@ -48,18 +54,19 @@ def main() -> None:
     keep_freed_memory()
     file = results.path(f"robustness-{EXPERIMENT}")
     rows = json.loads(file.read_text())["rows"] if file.exists() else []
-    data = recipes.get(f"{EXPERIMENT}-bp").load()
-    inputs = shown(trained(f"{EXPERIMENT}-bp", ATTACKER, data), data)
+    arms = {name: r for name, r in recipes.RECIPES.items() if name.startswith(EXPERIMENT)}
+    data = arms[f"{EXPERIMENT}-bp"].load()
+    attacker = arms[f"{EXPERIMENT}-bp"].fit(data, [ATTACKER]).rules[0].net.eval()
+    inputs = shown(attacker, data)
     for seed in SEEDS:
-        for name in recipes.RECIPES:
+        for name, recipe in arms.items():
             row = {"recipe": name, "seed": seed}
-            if not name.startswith(EXPERIMENT) or any(row.items() <= r.items() for r in rows):
+            if any(row.items() <= known.items() for known in rows):
                 continue
-            net = trained(name, seed, data)
-            found = {
-                kind: [accuracy(net, x, data.test_y) for x in xs] for kind, xs in inputs.items()
-            }
-            rows.append({**row, **found})
+            net, y = trained(recipe, seed, data), data.test_y
+            rows.append(
+                {**row, **{k: [accuracy(net, x, y) for x in xs] for k, xs in inputs.items()}}
+            )
             print(rows[-1], file=sys.stderr, flush=True)
             head = {"attacker": ATTACKER, "levels": LEVELS, **results.manifest("cpu")}
             results.write_json(file, {**head, "rows": rows})
