@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 
 from . import bench_engine, results, rules
 from .measure import peak_memory
-from .network import mlp
+from .network import Network, mlp
 from .rule import Rule
 from .timing import NETWORKS, SGD, compare, plain
 
@@ -22,15 +23,27 @@ RULES: dict[str, type[Rule]] = {
 DEPTHS, WIDTH, DEPTH_BATCH = (4, 16, 64), 256, 64
 
 
-def _arm(name: str, network: Callable, batch: int, device: str) -> tuple[Callable, ...]:
-    """A training step on random data; its backward half alone; the gradients that this leaves."""
+def arm(
+    name: str,
+    network: Callable[[torch.Generator], Network],
+    batch: int,
+    device: str,
+    optimizer: Callable = SGD,
+    layout: torch.memory_format = torch.contiguous_format,
+    **options: Any,
+) -> tuple[Callable[[], None], Callable[[], None], Callable[[], list]]:
+    """A training step on random data; its backward half alone; the gradients that this leaves.
+
+    ``name`` is a rule's, built with ``options``, or "autograd".
+    """
     g = torch.Generator().manual_seed(0)
-    net = network(g).to(device)
+    net = network(g).to(device, memory_format=layout)
     x = torch.rand(batch, *net.input_shape, generator=g).to(device)
+    x = x.contiguous(memory_format=layout) if x.dim() == 4 else x
     y = torch.randint(0, net.num_classes, (batch,), generator=g).to(device)
-    rule = None if name == "autograd" else RULES[name](net, generator=g).to(device)
+    rule = None if name == "autograd" else RULES[name](net, generator=g, **options).to(device)
     own = [] if rule is None else [*rule.parameters()]
-    opt = SGD([*net.parameters(), *own])
+    opt = optimizer([*net.parameters(), *own])
     modules = plain(net)
 
     def backward() -> None:
@@ -51,7 +64,7 @@ def steps(device: str = "cpu", rounds: int = 15, repeats: int = 10) -> dict:
     """Per network: step times of autograd and every rule, and images per second."""
     table = {}
     for title, (network, batch) in NETWORKS.items():
-        made = {n: _arm(n, network, batch, device)[0] for n in ("autograd", *RULES)}
+        made = {n: arm(n, network, batch, device)[0] for n in ("autograd", *RULES)}
         rows = compare(made, "autograd", rounds, repeats, device)
         for row in rows.values():
             row["images_per_s"] = round(1e3 * batch / row["median_ms"])
@@ -70,8 +83,8 @@ def memory() -> dict:
         table[name] = {}
         for depth in DEPTHS:
             sizes = [WIDTH] * (depth + 1)
-            arm = _arm(name, lambda g, s=sizes: mlp(*s, 10, generator=g), DEPTH_BATCH, "cpu")
-            table[name][depth] = round(peak_memory(*arm[1:]) / 1e6, 3)
+            made = arm(name, lambda g, s=sizes: mlp(*s, 10, generator=g), DEPTH_BATCH, "cpu")
+            table[name][depth] = round(peak_memory(*made[1:]) / 1e6, 3)
     return table
 
 

@@ -81,6 +81,8 @@ class Block(nn.Module):
             raise TypeError(f"pool must be one of torch.nn's {names}, or None, got {pool!r}")
         if isinstance(activation, nn.Module) and activation.state_dict():
             raise ValueError(f"activation must have no parameters or buffers, got {activation}")
+        if getattr(activation, "inplace", False):  # rules read a_l after it
+            raise ValueError(f"activation must not work in place, got {activation}")
         if not 0 <= dropout < 1:
             raise ValueError(f"dropout must be in [0, 1), got {dropout}")
         self.linear, self.activation, self.pool, self.dropout = linear, activation, pool, dropout

@@ -34,8 +34,10 @@ def _seeds(text: str) -> list[int]:
 
 
 def _device(text: str) -> str:
-    """A device that this machine has."""
+    """A device that this machine has, the CPU or an NVIDIA GPU."""
     try:
+        if torch.device(text).type not in ("cpu", "cuda"):
+            raise RuntimeError("only cpu and cuda are supported")
         torch.zeros(1, device=text).item()
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]

@@ -29,27 +29,32 @@ class Replay:
     Args:
         f: works in place on tensors that stay where they are, returns nothing, and asks the host
             for no tensor's value. Numbers that are not tensors are recorded as they are.
+        device: the one that all of this is on.
     """
 
-    def __init__(self, f: Callable[..., None]):
-        self.f, self.calls, self.graph = f, 0, None
+    def __init__(self, f: Callable[..., None], device: torch.device):
+        self.f, self.device, self.calls, self.inputs, self.graph = f, device, 0, None, None
 
     def __call__(self, *args: Tensor | dict) -> None:
-        if self.calls < WARM_UP:
-            self.calls += 1
-            side = torch.cuda.Stream()  # as recording will be: not on the default stream
-            side.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(side):
-                self.f(*args)
-            torch.cuda.current_stream().wait_stream(side)
-            return
-        if self.graph is None:
-            self.inputs, self.graph = tree_map(torch.clone, args), torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph):
-                self.f(*self.inputs)
-        for mine, theirs in zip(tree_leaves(self.inputs), tree_leaves(args), strict=True):
-            mine.copy_(theirs)
-        self.graph.replay()
+        with torch.cuda.device(self.device):
+            if self.inputs is None:
+                self.inputs, self.side = tree_map(torch.clone, args), torch.cuda.Stream()
+            for mine, theirs in zip(tree_leaves(self.inputs), tree_leaves(args), strict=True):
+                mine.copy_(theirs)
+            if self.calls < WARM_UP:
+                self.calls += 1
+                # as recording will be: not on the default stream
+                self.side.wait_stream(torch.cuda.current_stream())
+                with torch.cuda.stream(self.side):
+                    self.f(*self.inputs)
+                torch.cuda.current_stream().wait_stream(self.side)
+                return
+            if self.graph is None:
+                graph = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(graph, stream=self.side):
+                    self.f(*self.inputs)
+                self.graph = graph
+            self.graph.replay()
 
 
 def generator_on(device: torch.device, source: torch.Generator) -> torch.Generator:

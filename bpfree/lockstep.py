@@ -10,7 +10,7 @@ from torch import Tensor
 from .data import Data
 from .device import Replay, can_record, generator_on, precision
 from .measure import alignment
-from .rule import Rule
+from .rule import Rule, like_parameter
 
 Optimizer = torch.optim.Optimizer
 AHEAD = 64  # steps for which an accelerator draws dropout masks at once
@@ -68,7 +68,7 @@ class Lockstep:
     def train(self, rate: float) -> tuple[Tensor, Tensor]:
         """One epoch at ``rate`` times the learning rate: mean loss and accuracy (%), each (S,)."""
         if rate != self.rate:  # a number, so a recorded step has it for ever
-            self.rate, self.replay = rate, Replay(self._advance)
+            self.rate, self.replay = rate, Replay(self._advance, self.device)
             for group, lr in zip(self.opt.param_groups, self.rates, strict=True):
                 group["lr"] = rate * lr
         for s, (rule, generator) in enumerate(zip(self.rules, self.generators, strict=True)):
@@ -97,7 +97,7 @@ class Lockstep:
         y = self.data.train_y[batch]
         loss, hit, grads = self._step(self.params, self.state, inputs, y, masks)
         for name, p in self.learning.items():
-            p.grad = grads[name].to(p.dtype)
+            p.grad = like_parameter(grads[name], p)
         self.opt.step()
         self.totals += torch.stack([loss.double(), hit]).reshape(2, -1)
 
@@ -142,7 +142,8 @@ class Lockstep:
             generator.set_state(state)
 
     def write_back(self) -> None:
-        """Give each rule and its network what they have learned."""
+        """Give each rule and its network what they have learned, and the card its memory back."""
+        self.replay = None  # it and this object refer to each other
         if len(self.rules) > 1:
             for s, rule in enumerate(self.rules):
                 for name, p in {**rule.params(), **rule.state()}.items():

@@ -51,8 +51,9 @@ def alignment(
         check_batch(rule.net, x, y)
     params = rule.params() if params is None else params
     state = rule.state() if state is None else state
+    y, weights = y.long(), {n: params[n] for n, _ in rule.net.named_parameters()}
     ours = rule.update(params, state, x, y, masks={}).grads
-    theirs = Backprop(rule.net).update(params, {}, x, y, masks={}).grads
+    theirs = Backprop(rule.net).update(weights, {}, x, y, masks={}).grads
     names = [f"{l}.linear.weight" for l in range(len(rule.net))]
     return Alignment(
         torch.stack([angle(ours[n], theirs[n]) for n in names]),

@@ -87,11 +87,12 @@ def _pepita_table_1() -> list[Recipe]:
     ):  # fmt: skip
         for arm, (rule, options, activation) in arms.items():
             sizes = (math.prod(shape), 1024, classes)
+            ours = arm in ("frozen", "released")
             fc = dict(activation=activation, dropout=0.1)
             conv = dict(num_classes=classes, kernel_size=5, padding=0, init="torch")
             common = dict(
                 data=data, rule=rule, options=options, epochs=100, seeds=(0, 1, 2, 3, 4),
-                source="arXiv 2201.11665, Table 1",
+                source="this book" if ours else "arXiv 2201.11665, Table 1",
             )  # fmt: skip
             if arm != "released":
                 cells.append(
@@ -147,15 +148,15 @@ def _ekdaa() -> list[Recipe]:
     arms = {
         "ekdaa": ("EKDAA", {}, "tanh", 0.1),
         "ekdaa-sign": ("EKDAA", {"beta": 0.3}, "sign", 0.001),
-        "bp": ("Backprop", {}, "tanh", 0.03),
+        "bp": ("Backprop", {}, "tanh", 0.1),
         "fa": ("FeedbackAlignment", {"feedback_scale": half}, "tanh", 0.03),
-        "dfa": ("DirectFeedbackAlignment", {}, "tanh", 0.01),
-        "sign-symmetry": ("SignSymmetry", {"magnitude": "fixed", "scale": half}, "tanh", 0.03),
+        "dfa": ("DirectFeedbackAlignment", {}, "tanh", 0.03),
+        "sign-symmetry": ("SignSymmetry", {"magnitude": "fixed", "scale": half}, "tanh", 0.1),
         "frozen-sign": ("Frozen", {}, "sign", 0.003),
     }
     shallow = {  # a second hidden layer of switches is taught by avalanches
-        "ekdaa-sign-1-hidden": ("EKDAA", {}, "sign", 0.003),
-        "frozen-sign-1-hidden": ("Frozen", {}, "sign", 0.003),
+        "ekdaa-sign-1-hidden": ("EKDAA", {}, "sign", 0.001),
+        "frozen-sign-1-hidden": ("Frozen", {}, "sign", 0.01),
     }
     released = {"released": ("EKDAA", _RELEASED, "tanh", None)}
     channels, pools = (64, 64, 64, 128, 128, 128), (1, 2, 1, 2, 1, 2)
@@ -182,7 +183,7 @@ def _ekdaa() -> list[Recipe]:
                 Recipe(
                     name=f"ekdaa-cnn-{data}-{arm}", rule=rule, options=options, epochs=500,
                     network=("convnet", (shape, channels, (128,)), net), lr=0.001 * 50,
-                    source="arXiv 2206.01820", **common,
+                    source="this book" if rule == "Frozen" else "arXiv 2206.01820", **common,
                 )
             )  # fmt: skip
     return sorted(cells, key=lambda recipe: recipe.epochs)  # those of minutes before those of hours

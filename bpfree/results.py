@@ -7,6 +7,7 @@ import json
 import math
 import os
 import platform
+import shutil
 import statistics
 import subprocess
 from collections.abc import Sequence
@@ -79,7 +80,8 @@ def record(
 
     What is under way is in a checkpoint beside it, written after each epoch: the same call goes on
     from there, to the same bits. On an accelerator all missing seeds are trained at once, on a CPU
-    one after the other, each recorded when it ends.
+    one after the other, each recorded when it ends. Each run says on which device, and in which
+    precision, it was made: one file may hold several.
 
     Raises:
         ValueError: if the file there, or a checkpoint, was made by other settings or is damaged; it
@@ -94,7 +96,8 @@ def record(
         result = read(recipe.name, folder)
         # a field that did not exist when the file was recorded had its default's effect
         theirs = {**_defaults(), **result["recipe"]}
-        changed = [k for k in settings if k != "seeds" and settings[k] != theirs.get(k)]
+        decisive = settings.keys() - {"seeds", "source", "paper"}
+        changed = [k for k in settings if k in decisive and settings[k] != theirs.get(k)]
         if changed:
             was = ", ".join(f"{k}={theirs.get(k)!r} (now {settings[k]!r})" for k in changed)
             raise ValueError(f"{file} was recorded with {was}; move it away to record anew")
@@ -109,8 +112,9 @@ def record(
     if result["data_checksum"] not in (None, data.checksum):
         raise ValueError(f"{file} was recorded on other data than {recipe.data} in {data_root}")
     result["data_checksum"] = data.checksum
-    groups = [missing] if device != "cpu" else [[seed] for seed in missing]
-    for group in groups:
+    together = torch.device(device).type != "cpu"
+    made = manifest(device, precision, compile)  # before training: of the code that trains
+    for group in [missing] if together else [[seed] for seed in missing]:
         checkpoint = file.with_name(f"{recipe.name}.{'-'.join(map(str, group))}.ckpt")
         try:
             run = recipe.fit(
@@ -119,8 +123,7 @@ def record(
             )  # fmt: skip
         except Diverged as error:  # a result too
             run = error.run
-        made = {"seconds": round(run.seconds, 1), "seeds_together": len(group)}
-        made |= manifest(device, precision, compile)
+        made |= {"seconds": round(run.seconds, 1), "seeds_together": len(group)}
         for i, seed in enumerate(group):
             result["runs"][str(seed)] = {**_curves(run, i), **made}
         result["runs"] = dict(sorted(result["runs"].items(), key=lambda item: int(item[0])))
@@ -153,6 +156,8 @@ def manifest(device: str, precision: str = "float32", compile: bool = False) -> 
     """What a number depends on beside its settings: hardware, versions, commit."""
 
     def git(*args: str) -> str:
+        if not (ROOT / ".git").exists() or shutil.which("git") is None:
+            return ""
         done = subprocess.run(["git", "-C", ROOT, *args], capture_output=True, text=True)
         return done.stdout.strip()
 

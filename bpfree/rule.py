@@ -158,7 +158,15 @@ class Rule(nn.Module):
                 kept.append((r, delta))
             for name, grad in block.outer(delta, r, 1 / len(x)).items():
                 grads[f"{l}.linear.{name}"] = grad
-        return Update(loss, logits, {**grads, **self.own_grads(grads)}, kept)
+        grads |= self.own_grads(grads)
+        for name, p in params.items():
+            if name not in grads or grads[name].shape != p.shape:
+                got = tuple(grads[name].shape) if name in grads else "none"
+                raise ValueError(
+                    f"{type(self).__name__} must give {name} a gradient of shape "
+                    f"{tuple(p.shape)}, got {got}"
+                )
+        return Update(loss, logits, grads, kept)
 
     def backward(self, x: Tensor, y: Tensor) -> Tensor:
         """Accumulate the rule's gradients into ``.grad``, as ``loss.backward()`` would.
@@ -175,19 +183,18 @@ class Rule(nn.Module):
         check_batch(self.net, x, y)
         params = self.params()
         update = self.update(params, self.state(), x, y.long(), self.generator, keep_signals=False)
-        learning = {name: p for name, p in params.items() if p.requires_grad}
-        for name, p in learning.items():  # all of them before any is written
-            found = update.grads.get(name)
-            if found is None or found.shape != p.shape:
-                got = "none" if found is None else tuple(found.shape)
-                raise ValueError(
-                    f"{type(self).__name__} must give {name} a gradient of shape "
-                    f"{tuple(p.shape)}, got {got}"
-                )
-        for name, p in learning.items():
-            grad = update.grads[name].to(p.dtype)
-            p.grad = grad if p.grad is None else p.grad.add_(grad)
+        for name, p in params.items():
+            if p.requires_grad:
+                grad = like_parameter(update.grads[name], p)
+                p.grad = grad if p.grad is None else p.grad.add_(grad)
         return update.loss
+
+
+def like_parameter(grad: Tensor, p: Tensor) -> Tensor:
+    """The gradient in the parameter's dtype and memory layout, as autograd leaves it; a fused
+    optimiser walks through both as they lie in memory."""
+    same = grad.stride() == p.stride()
+    return grad.to(p.dtype) if same else torch.empty_like(p).copy_(grad)
 
 
 def check_batch(net: Network, x: Tensor, y: Tensor) -> None:

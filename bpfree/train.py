@@ -69,7 +69,8 @@ def fit(
     """Train ``make(generator)`` on ``data`` once per seed.
 
     Each seed has its own generator, from which its initial weights, feedback, batch order and
-    dropout come; so its result is the same whether it is trained alone or with others. A seed
+    dropout come; so its result is the same, up to rounding, whether it is trained alone or with
+    others. A seed
     whose loss is not finite stops; the others go on to their end.
 
     Args:
@@ -156,6 +157,17 @@ def _check_rule(rule: Rule, data: Data, rules: list[Rule]) -> None:
         raise ValueError("make must build a new network for each seed, got the same one twice")
 
 
+def _options(part: torch.nn.Module) -> dict:
+    """The options of a rule or a block: its plain attributes, and its functions by their names."""
+    kept = {}
+    for name, value in vars(part).items():
+        if isinstance(value, (str, int, float, tuple, list, type(None))):
+            kept[name] = value
+        elif hasattr(value, "__qualname__"):
+            kept[name] = f"{value.__module__}.{value.__qualname__}"
+    return kept
+
+
 @torch.no_grad()
 def _train(
     lockstep: Lockstep,
@@ -174,12 +186,10 @@ def _train(
     curves: dict[str, list[Tensor]] = {name: [] for name in names}
     epoch, spent, bad = 0, 0.0, torch.full((len(seeds),), -1)
     shapes = {name: list(p.shape) for name, p in lockstep.params.items()}
-    # a rule's options, and its network's, are its plain attributes and what was drawn with them
-    plain = (str, int, float, tuple, list, type(None))
-    parts = [lockstep.rules[0], *lockstep.rules[0].net]
-    options = [{k: v for k, v in vars(p).items() if isinstance(v, plain)} for p in parts]
+    rule = lockstep.rules[0]
+    options = [repr(rule.net), *map(_options, (rule, *rule.net))]
     start = [lockstep.state_dict()[k] for k in ("params", "state", "generators")] if file else None
-    kinds = [type(o).__name__ for o in (lockstep.rules[0], lockstep.opt)]
+    kinds = [type(o).__name__ for o in (rule, lockstep.opt)]
     data = lockstep.data
     settings = [
         kinds, options, shapes, start, seeds, rates, probe, lockstep.batch_size,
@@ -203,6 +213,7 @@ def _train(
         values += lockstep.probe(probe) if probe else []
         epoch += 1
         for name, value in zip(names, values, strict=False):
+            value[bad >= 0] = torch.nan  # a seed that has stopped, though its stack goes on
             curves[name].append(value)
         bad[~values[0].isfinite() & (bad < 0)] = epoch
         longest = max(longest, time.monotonic() - start)

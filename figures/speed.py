@@ -15,15 +15,16 @@ import itertools
 import multiprocessing
 from collections.abc import Callable, Iterator
 from functools import partial, reduce
+from typing import Any
 from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bpfree import PEPITA, Block, Network, bench_engine, results
+from bpfree import Block, Network, bench, bench_engine, results
 from bpfree.device import keep_freed_memory
-from bpfree.timing import NETWORKS, SGD, compare, plain
+from bpfree.timing import NETWORKS, SGD, compare
 
 FC, CONV = "784-1024-10", "3x32x32-conv32-10"
 ROUNDS, REPEATS = 15, 5
@@ -32,31 +33,9 @@ ROUNDS, REPEATS = 15, 5
 SIDE, COPIED, PIECES, CALLS = 512, 2**20, 64, 100
 
 
-def training_step(
-    title: str,
-    optimizer: Callable = SGD,
-    layout: torch.memory_format = torch.contiguous_format,
-    autograd: bool = False,
-    **options: bool,
-) -> Callable[[], None]:
-    """A training step of PEPITA, or of backprop by autograd, on random data."""
-    network, batch = NETWORKS[title]
-    g = torch.Generator().manual_seed(0)
-    net = network(g).to(memory_format=layout)
-    x = torch.rand(batch, *net.input_shape, generator=g).contiguous(memory_format=layout)
-    y = torch.randint(0, 10, (batch,), generator=g)
-    rule, modules = PEPITA(net, generator=g, **options), plain(net)
-    opt = optimizer(net.parameters())
-
-    def step() -> None:
-        opt.zero_grad()
-        if autograd:
-            F.cross_entropy(modules(x), y).backward()
-        else:
-            rule.backward(x, y)
-        opt.step()
-
-    return step
+def training_step(title: str, name: str = "PEPITA", **options: Any) -> Callable[[], None]:
+    """A training step on random data, of a rule or of backprop by "autograd"."""
+    return bench.arm(name, *NETWORKS[title], "cpu", **options)[0]
 
 
 def undone(step: Callable[[], None], target: object, name: str, by: Callable) -> Callable[[], None]:
@@ -113,7 +92,7 @@ def steps() -> dict:
         },
         "fused SGD": {
             "fused": fc,
-            "for each": training_step(FC, partial(SGD, fused=False)),
+            "for each": training_step(FC, optimizer=partial(SGD, fused=False)),
         },
         "channels last, PEPITA": {
             "contiguous, by views": conv,
@@ -122,8 +101,8 @@ def steps() -> dict:
             ),
         },
         "channels last, autograd": {
-            "contiguous": training_step(CONV, autograd=True),
-            "channels last": training_step(CONV, layout=last, autograd=True),
+            "contiguous": training_step(CONV, "autograd"),
+            "channels last": training_step(CONV, "autograd", layout=last),
         },
     }
     return {name: turns(arms) for name, arms in table.items()}

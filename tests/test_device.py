@@ -48,7 +48,7 @@ class EmulatedGraph(TorchDispatchMode):
 
 
 @contextmanager
-def recording(graph):
+def recording(graph, stream):
     with graph:
         yield
     for tensor, before in reversed(graph.before.values()):
@@ -61,6 +61,7 @@ def emulated(monkeypatch):
     graphs = []
     stream = SimpleNamespace(wait_stream=lambda other: None)
     monkeypatch.setattr(lockstep, "can_record", lambda device: True)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
     monkeypatch.setattr(torch.cuda, "Stream", lambda: stream)
     monkeypatch.setattr(torch.cuda, "stream", lambda s: nullcontext())
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: stream)
@@ -121,7 +122,7 @@ def test_a_resumed_run_is_recorded_anew_and_ends_with_the_same_bits(
 def test_what_the_step_reads_from_the_host_is_recorded_for_ever(emulated):
     """The emulation would notice: that is why a change of the rate must record anew."""
     total, rate = torch.zeros(1), [1.0]
-    step = on_device.Replay(lambda x: total.add_(rate[0] * x))
+    step = on_device.Replay(lambda x: total.add_(rate[0] * x), torch.device("cpu"))
     for _ in range(5):
         step(torch.ones(1))
     rate[0] = 100.0

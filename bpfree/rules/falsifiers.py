@@ -12,7 +12,10 @@ from ..rule import Rule
 
 
 class Frozen(Rule):
-    """Only the last block learns, on random features: delta_L = e, delta_l = 0 below."""
+    """Only the last block learns, on random features: delta_L = e, delta_l = 0 below.
+
+    A weight decay of the optimiser would move the others too: give it none.
+    """
 
     def signals(self, params, state, trace, error, target):
         hidden = [(t.r, torch.zeros_like(t.a)) for t in trace[:-1]]
