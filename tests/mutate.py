@@ -123,6 +123,12 @@ MUTANTS = [
            "test_device.py::test_a_recorded_step_trains_as_the_step_itself[one-backprop]"),
     Mutant("device.py", "mine.copy_(theirs)", "pass", "a replay sees the first batch for ever",
            "test_device.py::test_a_recorded_step_trains_as_the_step_itself[one-backprop]"),
+    Mutant("rule.py", "grad.to(p.dtype) if same else torch.empty_like(p).copy_(grad)",
+           "grad.to(p.dtype)", "a fused step on weights laid out otherwise", "test_train.py::"
+           "test_fused_and_separate_steps_agree_in_any_memory_layout[one]"),
+    Mutant("train.py", "value[bad >= 0] = torch.nan", "pass",
+           "numbers of a seed that diverged", "test_train.py::"
+           "test_a_seed_that_diverged_has_no_numbers_from_there_though_its_stack_goes_on"),
     Mutant("device.py", 'allow_tf32=name == "tf32"', "allow_tf32=True",
            "float32 convolutions are TF32", "test_device.py::"
            "test_precision_is_what_was_asked_for_inside_and_what_it_was_outside[float32]"),

@@ -144,10 +144,11 @@ def test_the_command_records_and_prints_the_table(small, tmp_path, capsys):
     assert capsys.readouterr().out == bench.table(recorded) + "\n"
 
 
-def test_a_device_that_is_none_is_one_clear_error(small, tmp_path, capsys):
+@pytest.mark.parametrize("device", ["gpu", "meta", "mps"])
+def test_a_device_that_is_none_is_one_clear_error(device, small, tmp_path, capsys):
     with pytest.raises(SystemExit, match="2"):
-        cli.main(["bench", "--device", "gpu", "--results", str(tmp_path)])
+        cli.main(["bench", "--device", device, "--results", str(tmp_path)])
     captured = capsys.readouterr()
     assert captured.out == ""
-    assert "gpu" in captured.err
+    assert device in captured.err
     assert list(tmp_path.iterdir()) == []

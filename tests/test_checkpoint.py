@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import os
 import random
 import signal
@@ -308,6 +309,30 @@ def test_checkpoint_drawn_with_other_settings_is_refused(tmp_path, net, rule):
     train_with({}, {})
     with pytest.raises(ValueError, match="other settings"):
         train_with(net, rule)
+
+
+@pytest.mark.parametrize(
+    "change", [{"pool": torch.nn.AvgPool2d}, {"activation": torch.cos}, {"stride": 2}],
+    ids=lambda c: next(iter(c)),
+)  # fmt: skip
+def test_checkpoint_of_another_network_with_the_same_weights_is_refused(tmp_path, change):
+    def train_with(pool=torch.nn.MaxPool2d, activation=torch.sin, stride=1):
+        def make(g):
+            conv = torch.nn.Conv2d(1, 2, 3, stride=stride, padding=0 if stride == 1 else 3)
+            blocks = [bpfree.Block(conv, activation, pool(2))]
+            trunk = bpfree.Network(*blocks, input_shape=(1, 8, 8))
+            size = math.prod(trunk.shapes[-1])
+            net = bpfree.Network(*blocks, *bpfree.mlp(size, 10), input_shape=(1, 8, 8))
+            torch.manual_seed(0)
+            for weight in net.parameters():
+                torch.nn.init.uniform_(weight, -0.1, 0.1)
+            return bpfree.Backprop(net)
+
+        bpfree.fit(make, bpfree.load(), epochs=1, checkpoint=tmp_path / "c")
+
+    train_with()
+    with pytest.raises(ValueError, match="other settings"):
+        train_with(**change)
 
 
 def test_checkpoint_without_content_is_named(tmp_path):

@@ -375,6 +375,9 @@ REFUSED = {
     "unknown activation": (
         lambda: Block(nn.Linear(2, 3), "swish"), ValueError, "identity.*relu.*'swish'",
     ),
+    "activation in place": (
+        lambda: Block(nn.Linear(2, 3), nn.ReLU(inplace=True)), ValueError, "in place.*ReLU",
+    ),
     "no activation": (lambda: Block(nn.Linear(2, 3), None), ValueError, "None"),
     "pool with parameters": (
         lambda: Block(nn.Conv2d(1, 2, 3), pool=nn.Conv2d(2, 2, 1)), TypeError,

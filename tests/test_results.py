@@ -177,6 +177,32 @@ def test_write_that_fails_leaves_the_old_file_whole(tmp_path):
     assert list(tmp_path.iterdir()) == [file]
 
 
+def test_without_git_a_run_is_recorded_without_a_commit(folder, monkeypatch):
+    monkeypatch.setattr(results.shutil, "which", lambda name: None)
+    assert run(folder, "--seeds", "0") == 0
+    assert results.read("small", folder)["runs"]["0"]["commit"] is None
+
+
+def test_every_name_of_the_cpu_trains_seeds_one_by_one(folder):
+    assert run(folder, "--seeds", "0:2", "--device", "cpu:0") == 0
+    (file,) = folder.iterdir()
+    assert [r["seeds_together"] for r in json.loads(file.read_text())["runs"].values()] == [1, 1]
+
+
+def test_what_decides_no_number_may_change_after_recording(folder, monkeypatch):
+    assert run(folder, "--seeds", "0") == 0
+    small = dataclasses.replace(SMALL, source="a paper", paper="99.99 ± 0.01")
+    monkeypatch.setitem(recipes.RECIPES, "small", small)
+    assert run(folder, "--seeds", "0:2") == 0
+    assert results.read("small", folder)["recipe"]["paper"] == small.paper
+
+
+def test_a_row_that_no_paper_has_says_so():
+    for name in ("pepita-fc-mnist-frozen", "pepita-conv-mnist-released"):
+        assert " | none | " in results.table([name])
+    assert " | not verified | " in results.table(["pepita-fc-mnist-fa"])
+
+
 def test_undefined_angles_are_null_not_nan(folder, monkeypatch):
     monkeypatch.setitem(
         recipes.RECIPES, "small", dataclasses.replace(SMALL, rule="Frozen", options={})

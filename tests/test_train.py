@@ -291,6 +291,47 @@ def test_divergence_names_only_the_seeds_that_diverged(vectorize, few_digits):
         fit(make, few_digits, epochs=2, seeds=[6, 7, 8], vectorize=vectorize)
 
 
+def test_a_seed_that_diverged_has_no_numbers_from_there_though_its_stack_goes_on(few_digits):
+    def make(g):
+        rule = maker()(g)
+        if g.initial_seed() == 7:
+            torch.nn.init.constant_(rule.net[-1].linear.weight, torch.inf)
+        return rule
+
+    for vectorize in (True, False):
+        with pytest.raises(FloatingPointError) as caught:
+            fit(make, few_digits, epochs=3, seeds=[6, 7], vectorize=vectorize, probe=10)
+        run = caught.value.run
+        for curve in (run.train_loss, run.train_accuracy, run.test_accuracy, run.angle[:, 1:]):
+            assert not curve[0].isnan().any()
+            assert curve[1, 1:].isnan().all()
+
+
+def test_a_rule_that_forgets_its_own_gradients_is_told_so_by_fit(few_digits):
+    class Forgetful(bpfree.Backprop):
+        def __init__(self, net):
+            super().__init__(net)
+            self.Q = torch.nn.Parameter(torch.ones(2))
+
+    make = lambda g: Forgetful(bpfree.mlp(64, 8, 10, generator=g))  # noqa: E731
+    with pytest.raises(ValueError, match=r"Forgetful must give rule\.Q a gradient"):
+        fit(make, few_digits, epochs=1)
+
+
+@pytest.mark.parametrize("seeds", [(0,), (0, 1)], ids=("one", "two"))
+def test_fused_and_separate_steps_agree_in_any_memory_layout(seeds, few_digits):
+    def make(g):
+        net = bpfree.convnet((1, 8, 8), (4, 6), num_classes=10, generator=g)
+        return bpfree.Backprop(net.to(memory_format=torch.channels_last))
+
+    losses = [
+        fit(make, few_digits, epochs=2, seeds=seeds, vectorize=len(seeds) > 1,
+            optimizer=partial(torch.optim.SGD, lr=0.05, momentum=0.9, fused=fused)).train_loss
+        for fused in (False, True)
+    ]  # fmt: skip
+    torch.testing.assert_close(*losses, rtol=1e-4, atol=0)
+
+
 # ---- learning ------------------------------------------------------------------------------------
 
 
