@@ -73,7 +73,8 @@ MUTANTS = [
            "test_equivalence.py::test_T12_a_batchs_gradient_is_the_mean_of_its_samples_gradients"),
     Mutant("rule.py", "if p.grad is None else", "if True else", "gradient overwritten",
            "test_rule.py::test_two_backward_calls_accumulate_the_sum_of_both[mlp-backprop]"),
-    Mutant("rule.py", " if p.requires_grad}", "}", "frozen parameters get gradients",
+    Mutant("rule.py", "            if p.requires_grad:", "            if True:",
+           "frozen parameters get gradients",
            "test_rule.py::test_backward_leaves_parameters_that_need_no_gradient_alone"),
     Mutant("rules/feedback.py", "return {f\"rule.B{l}\": ", "return {f\"rule.B{l}\": 0 * ",
            "Kolen-Pollack's feedback learns nothing", "test_equivalence.py::"
@@ -124,8 +125,8 @@ MUTANTS = [
     Mutant("device.py", "mine.copy_(theirs)", "pass", "a replay sees the first batch for ever",
            "test_device.py::test_a_recorded_step_trains_as_the_step_itself[one-backprop]"),
     Mutant("rule.py", "grad.to(p.dtype) if same else torch.empty_like(p).copy_(grad)",
-           "grad.to(p.dtype)", "a fused step on weights laid out otherwise", "test_train.py::"
-           "test_fused_and_separate_steps_agree_in_any_memory_layout[one]"),
+           "grad.to(p.dtype)", "a fused step on weights laid out otherwise", "test_rule.py::"
+           "test_a_step_is_the_same_whatever_the_layout_of_the_weights[True]"),
     Mutant("train.py", "value[bad >= 0] = torch.nan", "pass",
            "numbers of a seed that diverged", "test_train.py::"
            "test_a_seed_that_diverged_has_no_numbers_from_there_though_its_stack_goes_on"),

@@ -512,6 +512,24 @@ def test_a_mistaken_rule_is_named_and_writes_no_gradient(rule, name):
     assert all(not p.grad.any() for p in net.parameters())
 
 
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_step_is_the_same_whatever_the_layout_of_the_weights(fused):
+    """A fused optimiser walks through gradient and weight as they lie in memory."""
+    steps = []
+    for layout in (torch.contiguous_format, torch.channels_last):
+        net = bpfree.convnet((3, 12, 12), (4, 6), num_classes=5, generator=generator())
+        net = net.to(memory_format=layout)
+        before = [w.detach().clone() for w in net.weights()]
+        opt = torch.optim.SGD(net.parameters(), lr=0.1, fused=fused)
+        bpfree.Backprop(net).backward(torch.rand(7, 3, 12, 12, generator=generator()),
+                                      torch.arange(7) % 5)  # fmt: skip
+        opt.step()
+        steps.append([w.detach() - b for w, b in zip(net.weights(), before, strict=True)])
+    for step, other in zip(*steps, strict=True):
+        assert step.norm() > 0
+        torch.testing.assert_close(step, other, rtol=1e-3, atol=1e-6)
+
+
 @every_rule
 def test_a_rule_works_without_hooks_which_compilation_would_ignore(name, mlp):
     RULES[name](mlp.net, generator=generator()).backward(mlp.x, mlp.y)

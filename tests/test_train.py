@@ -318,20 +318,6 @@ def test_a_rule_that_forgets_its_own_gradients_is_told_so_by_fit(few_digits):
         fit(make, few_digits, epochs=1)
 
 
-@pytest.mark.parametrize("seeds", [(0,), (0, 1)], ids=("one", "two"))
-def test_fused_and_separate_steps_agree_in_any_memory_layout(seeds, few_digits):
-    def make(g):
-        net = bpfree.convnet((1, 8, 8), (4, 6), num_classes=10, generator=g)
-        return bpfree.Backprop(net.to(memory_format=torch.channels_last))
-
-    losses = [
-        fit(make, few_digits, epochs=2, seeds=seeds, vectorize=len(seeds) > 1,
-            optimizer=partial(torch.optim.SGD, lr=0.05, momentum=0.9, fused=fused)).train_loss
-        for fused in (False, True)
-    ]  # fmt: skip
-    torch.testing.assert_close(*losses, rtol=1e-4, atol=0)
-
-
 # ---- learning ------------------------------------------------------------------------------------
 
 
