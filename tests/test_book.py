@@ -189,16 +189,3 @@ def test_pages_typeset_mathematics_without_a_network():
     mathjax = [s for s in scripts if "mathjax" in s.lower()]
     assert mathjax
     assert not [s for s in mathjax if "://" in s]
-
-
-def test_recorded_results_are_of_the_recipes_of_today():
-    import dataclasses
-
-    stale = []
-    for name, recipe in bpfree.recipes.RECIPES.items():
-        if bpfree.results.path(name).exists():
-            today = json.loads(json.dumps(dataclasses.asdict(recipe)))
-            recorded = bpfree.results.read(name)["recipe"]
-            if {**bpfree.results._defaults(), **recorded} != today:  # fields newer than the record
-                stale.append(name)
-    assert stale == []
