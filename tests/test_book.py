@@ -11,8 +11,6 @@ import pytest
 import yaml
 from bs4 import BeautifulSoup
 
-import bpfree
-
 ROOT = Path(__file__).resolve().parent.parent
 HTML = ROOT / "_build" / "html"
 CONFIG = yaml.safe_load((ROOT / "_config.yml").read_text())
