@@ -1,6 +1,7 @@
 """Recorded steps, precision and compilation. What needs a GPU is skipped without one; in its place
 an emulation of a CUDA graph on the CPU checks everything that does not depend on the card."""
 
+import dataclasses
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from types import SimpleNamespace
@@ -9,8 +10,9 @@ import pytest
 import torch
 from oracles import RULES, generator
 from test_checkpoint import interrupt
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 import bpfree
 from bpfree import device as on_device
@@ -181,51 +183,57 @@ def test_a_gpu_trains_with_and_without_recording_to_the_same_bits(
     assert_same_run(train(name, few_digits, "cuda", seeds), recorded, **exactly)
 
 
-# ---- nothing asks the host ----------------------------------------------------------------------
+# ---- every step keeps to its device, and asks the host for nothing ------------------------------
 
 
-class NoHost(TorchDispatchMode):
-    """Refuses operators whose result, or its shape, the host must wait for."""
+def step_on_a_pretended_card(rule, count):
+    """One training step, a test and a probe, on tensors that only say that they are on a GPU.
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        waits = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
-        indices = [t for t in tree_leaves(args[1:]) if isinstance(t, torch.Tensor)]
-        by_number = func == torch.ops.aten.index.Tensor and indices[0].dtype == torch.int64
-        assert by_number or not waits & set(func.tags), func
-        return func(*args, **(kwargs or {}))
+    They have no values, so whoever asks for one fails, as whoever mixes them with the CPU's does.
+    """
+    group = make_lockstep(rule, count)
+    indices = torch.zeros(4, dtype=torch.int64).expand((4,) if count == 1 else (count, 4))
+    with FakeTensorMode() as pretend, torch.no_grad():
+        there = partial(tree_map, lambda t: pretend.from_tensor(t).detach().to("cuda"))
+        for name in ("params", "state", "totals"):
+            setattr(group, name, there(getattr(group, name)))
+        tensors = {k: v for k, v in vars(group.data).items() if isinstance(v, torch.Tensor)}
+        group.data = dataclasses.replace(group.data, **there(tensors))
+        group.learning = {name: group.params[name] for name in group.learning}
+        group.opt = torch.optim.SGD([*group.learning.values()], momentum=0.9)
+        masks = lockstep._stack([group.net.masks(4, g) for g in group.generators])
+        group._advance(there(indices), there(masks))
+        group.test(), group.probe(4)
 
 
 @every_rule
 @pytest.mark.parametrize("count", [1, 2])
-def test_no_step_asks_the_host_for_a_tensors_value(name, count):
-    step = make_lockstep(RULES[name], count)._advance
-    with torch.no_grad(), NoHost():
-        step(*batch_of(count))
+def test_every_step_keeps_to_its_device_and_asks_the_host_for_nothing(name, count):
+    step_on_a_pretended_card(RULES[name], count)
 
 
-def test_a_rule_that_does_is_found():
-    class Curious(bpfree.Backprop):
-        def signals(self, params, state, trace, error, target):
-            if error.norm() > 0:
-                error = error / error.norm()
-            return super().signals(params, state, trace, error, target)
+class Curious(bpfree.Backprop):
+    def signals(self, params, state, trace, error, target):
+        return super().signals(params, state, trace, error / error.norm().item(), target)
 
-    step = make_lockstep(Curious, 1)._advance
-    with torch.no_grad(), NoHost(), pytest.raises(AssertionError, match="_local_scalar_dense"):
-        step(*batch_of(1))
+
+class Homesick(bpfree.Backprop):
+    def signals(self, params, state, trace, error, target):
+        return super().signals(params, state, trace, error * torch.ones(10), target)
+
+
+@pytest.mark.parametrize("rule, message", [(Curious, "local_scalar"), (Homesick, "device")])
+def test_a_rule_that_does_not_is_found(rule, message):
+    with pytest.raises(Exception, match=message):
+        step_on_a_pretended_card(rule, 1)
 
 
 def make_lockstep(rule, count):
-    made = [
-        rule(bpfree.convnet((1, 8, 8), (3,), (8,), num_classes=10, generator=g), generator=g)
-        for g in map(generator, range(count))
-    ]
+    made = []
+    for g in map(generator, range(count)):
+        net = bpfree.convnet((1, 8, 8), (3,), (8,), num_classes=10, dropout=0.5, generator=g)
+        made.append(rule(net, generator=g))
     x, y = torch.zeros(20, 1, 8, 8, dtype=torch.uint8), torch.zeros(20, dtype=torch.int64)
     data = Data("fake", x, y, x, y, 1 / 16)
     generators = [generator(s) for s in range(count)]
     return lockstep.Lockstep(made, generators, data, 4, partial(torch.optim.SGD, lr=0.1))
-
-
-def batch_of(count):
-    batch = torch.zeros(4, dtype=torch.int64)
-    return batch if count == 1 else torch.stack([batch] * count), {}
