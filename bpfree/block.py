@@ -4,7 +4,7 @@
 
 Learning rules need a_l, h_l and the local derivative of phi_l, one block at a time. So a block
 computes them as plain functions of given weights, which is what lets ``torch.func.vmap`` train
-many seeds at once and an audit call the same code with doctored weights.
+many seeds at once.
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ class Block(nn.Module):
     def _members(self, z: Tensor) -> list[Tensor]:
         """The first, second, ... member of all windows, as views of z in the pool's scan order.
 
-        The largest of these views is the pool, ten times as fast as torch's own on a CPU.
+        The largest of these views is the pool, much faster than torch's own on a CPU (appendix).
         """
         side = self.pool.kernel_size
         kh, kw = side if isinstance(side, tuple) else (side, side)

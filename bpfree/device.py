@@ -69,7 +69,7 @@ def keep_freed_memory() -> bool:
     """Let the C library keep what tensors free, for the next ones; whether it could be told to.
 
     By default glibc gives large blocks back to the system, which hands them out again page by page,
-    each zeroed first: a fifth or more of a step with large activities on a CPU (appendix). The
+    each zeroed first: about a fifth of a step with large activities on a CPU (appendix). The
     setting is the whole process's, so it is for programs, not for libraries: ``bpfree`` uses it.
     """
     if not sys.platform.startswith("linux"):
@@ -84,8 +84,8 @@ def keep_freed_memory() -> bool:
 
 @contextmanager
 def precision(name: str, device: torch.device) -> Iterator[None]:
-    """``"float32"``, on the device too; ``"tf32"``: products of 10-bit factors; ``"bf16"``:
-    autocast, with 8-bit factors. Convolutions are deterministic. All is restored afterwards."""
+    """``"float32"``, on the device too; ``"tf32"``: products of factors with 11 significant bits;
+    ``"bf16"``: autocast, 8 bits. Convolutions are deterministic. All is restored afterwards."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high" if name == "tf32" else "highest")
     # a recorded step must not keep the cast weights of another

@@ -111,7 +111,7 @@ class Network(nn.Sequential):
             if self.training and block.dropout:
                 weight, shape = block.linear.weight, (batch, *self.shapes[l - 1])
                 device = generator.device if generator is not None else weight.device
-                # 16 random bits decide a unit, so one draw decides four: a third of the time
+                # 16 random bits decide a unit, so one draw decides four: less than half of the time
                 count = math.prod(shape)
                 bits = torch.empty(-(-count // 4), dtype=torch.int64, device=device)
                 bits = bits.random_(-(2**63), None, generator=generator).view(torch.int16)

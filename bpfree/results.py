@@ -51,11 +51,16 @@ def read(name: str, folder: str | os.PathLike | None = None) -> dict:
         raise ValueError(f"{file} is not a result of bpfree: expected {FORMAT!r}, got {found!r}")
     recipe, runs = result.get("recipe"), result.get("runs")
     whole = isinstance(recipe, dict) and "name" in recipe and isinstance(runs, dict)
-    if not whole or not all(KEYS <= set(run) for run in runs.values()):
+    if not whole or not all(_is_whole(run, recipe) for run in runs.values()):
         raise ValueError(f"{file} is not a result of bpfree: its recipe or a run is incomplete")
     if result["recipe"]["name"] != name:
         raise ValueError(f"{file} holds the recipe {result['recipe']['name']!r}, not {name!r}")
     return result
+
+
+def _is_whole(run: dict, recipe: dict) -> bool:
+    keys = KEYS <= set(run)
+    return keys and len(run["test_accuracy"]) == recipe.get("epochs")
 
 
 def write_json(file: Path, content: dict) -> None:
@@ -211,7 +216,7 @@ def table(names: Sequence[str], folder: str | os.PathLike | None = None) -> str:
             continue
         runs = read(name, folder)["runs"]
         seconds = statistics.fmean(r["seconds"] / r["seeds_together"] for r in runs.values())
-        devices = ", ".join(sorted({r["device"] for r in runs.values()}))
+        devices = "; ".join(sorted({r["device"] for r in runs.values()}))
         kept = final({"runs": runs})
         lost = f" (+ {len(runs) - len(kept)} diverged)" if len(kept) < len(runs) else ""
         rows.append(f"{head} | {spread(kept)} | {len(kept)}{lost} | {seconds:.0f} | {devices} |")

@@ -37,7 +37,9 @@ class Rule(nn.Module):
 
     What a rule keeps fixed (B, D, F) is a buffer; what it learns beside the weights is a parameter.
     So both are saved by ``state_dict`` and moved by ``to``. The network itself is not a submodule:
-    ``rule.parameters()`` are only the rule's own.
+    ``rule.parameters()`` are only the rule's own. What changes in training belongs in one of these:
+    other attributes are not saved, and vectorised seeds share them. A rule that draws at each step
+    takes ``self.generator``; its seeds cannot be vectorised.
 
     Args:
         net: a ``Network`` whose last block is linear and gives (B, C) logits, C >= 2.
@@ -149,15 +151,17 @@ class Rule(nn.Module):
         # in bfloat16 the errors of a trained network would round to zero
         log_p = F.log_softmax(logits, 1, dtype=torch.promote_types(logits.dtype, torch.float32))
         target = (y[:, None] == torch.arange(logits.shape[1], device=y.device)).to(log_p.dtype)
-        loss = F.nll_loss(log_p, y)
-        signals = self.signals(params, state, trace, log_p.exp() - target, target)
+        loss = F.nll_loss(log_p, y.long())
+        signals = iter(self.signals(params, state, trace, log_p.exp() - target, target))
         del trace
         grads, kept = {}, []
-        for l, (block, (r, delta)) in enumerate(zip(self.net, signals, strict=True)):
+        for l, (block, (r, delta)) in enumerate(zip(self.net, signals, strict=False)):
             if keep_signals:
                 kept.append((r, delta))
             for name, grad in block.outer(delta, r, 1 / len(x)).items():
                 grads[f"{l}.linear.{name}"] = grad
+        if next(signals, None) is not None:
+            raise ValueError(f"{type(self).__name__} must give {len(self.net)} signals, gave more")
         grads |= self.own_grads(grads)
         for name, p in params.items():
             if name not in grads or grads[name].shape != p.shape:
@@ -182,7 +186,7 @@ class Rule(nn.Module):
         """
         check_batch(self.net, x, y)
         params = self.params()
-        update = self.update(params, self.state(), x, y.long(), self.generator, keep_signals=False)
+        update = self.update(params, self.state(), x, y, self.generator, keep_signals=False)
         for name, p in params.items():
             if p.requires_grad:
                 grad = like_parameter(update.grads[name], p)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import numbers
+import operator
 import os
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -14,10 +16,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from . import checkpoint as checkpoints
+from .check import check_rule, check_update
 from .data import Data
 from .device import PRECISIONS
 from .lockstep import Lockstep, Optimizer
-from .rule import Rule, check_batch
+from .rule import Rule
 
 sgd = partial(torch.optim.SGD, lr=0.1, momentum=0.9)
 
@@ -101,11 +104,11 @@ def fit(
         Diverged: a ``FloatingPointError``, at the end, if the loss of a seed was not finite.
         OSError: if a checkpoint cannot be written; the one before it is whole.
     """
-    if not isinstance(epochs, int) or epochs < 1:
+    if not isinstance(epochs, numbers.Integral) or epochs < 1:
         raise ValueError(f"epochs must be a whole number, at least 1, got {epochs!r}")
     if isinstance(seeds, int) or not len(seeds) or len(set(seeds)) != len(seeds):
         raise ValueError(f"seeds must be a list, distinct, at least one, got {seeds!r}")
-    seeds = list(seeds)
+    seeds = [operator.index(seed) for seed in seeds]
     if not 0 <= probe <= len(data.train_x):
         raise ValueError(f"probe must be in 0..{len(data.train_x)}, got {probe!r}")
     if not 1 <= batch_size <= len(data.train_x):
@@ -122,8 +125,9 @@ def fit(
             generators = [torch.Generator().manual_seed(seed) for seed in group]
             made = [make(generator) for generator in generators]
             for rule in made:
-                _check_rule(rule, data, rules + made)
+                check_rule(rule, data, rules + made)
                 rule.to(device).net.to(device).train()
+                check_update(rule, data)
             lockstep = Lockstep(made, generators, data, batch_size, optimizer, precision, compile)
             file = None if checkpoint is None else Path(checkpoint)
             if file and len(groups) > 1:
@@ -143,25 +147,11 @@ def fit(
     return run
 
 
-def _check_rule(rule: Rule, data: Data, rules: list[Rule]) -> None:
-    if not isinstance(rule, Rule):
-        raise TypeError(f"make must return a rule, got {type(rule).__name__}")
-    if rule.net.num_classes < data.num_classes:
-        raise ValueError(
-            f"the network has {rule.net.num_classes} classes, {data.name} has {data.num_classes}"
-        )
-    first = data.inputs(data.train_x[:1], rule.net.weights()[0].dtype)
-    for y in (data.train_y, data.test_y):  # one image stands for all: they share a shape
-        check_batch(rule.net, first.expand(len(y), *first.shape[1:]), y)
-    if sum(other.net[0].linear.weight is rule.net[0].linear.weight for other in rules) > 1:
-        raise ValueError("make must build a new network for each seed, got the same one twice")
-
-
 def _options(part: torch.nn.Module) -> dict:
     """The options of a rule or a block: its plain attributes, and its functions by their names."""
-    kept = {}
+    kept, plain = {}, (str, numbers.Number, tuple, list, dict, Tensor, type(None))
     for name, value in vars(part).items():
-        if isinstance(value, (str, int, float, tuple, list, type(None))):
+        if isinstance(value, plain) and not name.startswith("_"):  # those are torch's
             kept[name] = value
         elif hasattr(value, "__qualname__"):
             kept[name] = f"{value.__module__}.{value.__qualname__}"

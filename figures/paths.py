@@ -18,20 +18,20 @@ ACTIVITY = {0: r"$x$", 1: r"$h_1$", 2: r"$h_2$", 3: r"$p$"}
 # rule -> (where the signal starts, labels of the arrows into delta_2 and delta_1, chain or
 # broadcast, the formula below the panel)
 PANELS = {
-    "Backprop": ("e", (r"$W_3$", r"$W_2$"), True, r"$\delta_l=\phi'\ast(\delta_{l+1}W_{l+1})$"),
+    "Backprop": ("e", (r"$W_3$", r"$W_2$"), True, r"$\delta_l=\phi'\odot(\delta_{l+1}W_{l+1})$"),
     "FeedbackAlignment": (
-        "e", (r"$B_3$", r"$B_2$"), True, r"$\delta_l=\phi'\ast(\delta_{l+1}B_{l+1})$",
+        "e", (r"$B_3$", r"$B_2$"), True, r"$\delta_l=\phi'\odot(\delta_{l+1}B_{l+1})$",
     ),
     "SignSymmetry": (
         "e", (r"$\pm S_3$", r"$\pm S_2$"), True,
-        r"$\delta_l=\phi'\ast(\delta_{l+1}(\mathrm{sign}\,W_{l+1}\ast S_{l+1}))$",
+        r"$\delta_l=\phi'\odot(\delta_{l+1}(\mathrm{sign}\,W_{l+1}\odot S_{l+1}))$",
     ),
     "KolenPollack": (
         "e", (r"$B_3\!\to\! W_3$", r"$B_2\!\to\! W_2$"), True,
         r"as FA, and $\Delta B_l=\Delta W_l$",
     ),
-    "DirectFeedbackAlignment": ("e", (r"$D_2$", r"$D_1$"), False, r"$\delta_l=\phi'\ast(e\,D_l)$"),
-    "DRTP": ("y", (r"$D_2$", r"$D_1$"), False, r"$\delta_l=\phi'\ast(y\,D_l)$"),
+    "DirectFeedbackAlignment": ("e", (r"$D_2$", r"$D_1$"), False, r"$\delta_l=\phi'\odot(e\,D_l)$"),
+    "DRTP": ("y", (r"$D_2$", r"$D_1$"), False, r"$\delta_l=\phi'\odot(y\,D_l)$"),
     "PEPITA": None,  # teaches by a second pass: drawn by itself
     "EKDAA": (
         "e", (r"$E_3$", r"$E_2$"), True, r"$\delta_l=h_l-\phi(a_l-\beta\,\delta_{l+1}E_{l+1})$",

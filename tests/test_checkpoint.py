@@ -176,6 +176,23 @@ def test_checkpoint_of_other_options_of_the_rule_is_refused_and_left_alone(tmp_p
     assert file.read_bytes() == before
 
 
+def test_options_held_in_a_dict_or_a_tensor_are_settings_too(tmp_path, few_digits):
+    class Scaled(bpfree.Backprop):
+        def __init__(self, net, options):
+            super().__init__(net)
+            self.scale = options
+
+    def train(options):
+        make = lambda g: Scaled(bpfree.mlp(64, 8, 10, generator=g), options)  # noqa: E731
+        bpfree.fit(make, few_digits, epochs=1, checkpoint=tmp_path / str(type(options)))
+
+    for options, other in (({"a": 1}, {"a": 2}), (torch.ones(1), torch.zeros(1))):
+        train(options)
+        train(options)
+        with pytest.raises(ValueError, match="other settings"):
+            train(other)
+
+
 def test_damaged_or_foreign_checkpoint_is_named_and_left_alone(tmp_path):
     file = tmp_path / "c"
     checkpoint.save(file, {"w": torch.arange(1000.0)}, "f")

@@ -161,6 +161,16 @@ def test_file_that_is_not_ours_is_named_and_left_alone(folder, capsys, content):
     assert file.read_text() == content
 
 
+def test_a_record_that_lost_epochs_is_refused(folder):
+    run(folder, "--seeds", "0")
+    file = results.path("small", folder)
+    content = json.loads(file.read_text())
+    content["runs"]["0"]["test_accuracy"].pop()
+    file.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match="incomplete"):
+        results.read("small", folder)
+
+
 def test_result_of_another_recipe_is_refused(folder):
     run(folder, "--seeds", "0")
     results.path("small", folder).rename(results.path("mnist-fc-bp", folder))

@@ -501,13 +501,31 @@ class Narrow(bpfree.Backprop):
         return [(r, delta[:, :1]), *rest]
 
 
-@pytest.mark.parametrize(("rule", "name"), [(Forgetful, "rule.gain"), (Narrow, "0.linear.weight")])
-def test_a_mistaken_rule_is_named_and_writes_no_gradient(rule, name):
+class Taciturn(bpfree.Backprop):
+    def signals(self, *args):
+        return super().signals(*args)[:1]
+
+
+class Talkative(bpfree.Backprop):
+    def signals(self, *args):
+        return super().signals(*args) * 2
+
+
+@pytest.mark.parametrize(
+    ("rule", "message"),
+    [
+        (Forgetful, r"rule\.gain a gradient of shape"),
+        (Narrow, r"0\.linear\.weight a gradient of shape"),
+        (Taciturn, r"1\.linear\.weight a gradient of shape"),
+        (Talkative, "2 signals, gave more"),
+    ],
+)
+def test_a_mistaken_rule_is_named_and_writes_no_gradient(rule, message):
     net = bpfree.mlp(4, 5, 3).double()
     for p in net.parameters():
         p.grad = torch.zeros_like(p)
     x, y = torch.rand(6, 4).double(), torch.arange(6) % 3
-    with pytest.raises(ValueError, match=f"{rule.__name__} must give {name} a gradient of shape"):
+    with pytest.raises(ValueError, match=f"{rule.__name__} must give {message}"):
         rule(net).backward(x, y)
     assert all(not p.grad.any() for p in net.parameters())
 

@@ -3,6 +3,7 @@
 import dataclasses
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -307,15 +308,49 @@ def test_a_seed_that_diverged_has_no_numbers_from_there_though_its_stack_goes_on
             assert curve[1, 1:].isnan().all()
 
 
-def test_a_rule_that_forgets_its_own_gradients_is_told_so_by_fit(few_digits):
-    class Forgetful(bpfree.Backprop):
-        def __init__(self, net):
-            super().__init__(net)
-            self.Q = torch.nn.Parameter(torch.ones(2))
+class ReadsItself(bpfree.Backprop):
+    def feedback(self, l, params, state):
+        return self.net[l - 1].linear.weight
 
-    make = lambda g: Forgetful(bpfree.mlp(64, 8, 10, generator=g))  # noqa: E731
-    with pytest.raises(ValueError, match=r"Forgetful must give rule\.Q a gradient"):
-        fit(make, few_digits, epochs=1)
+
+class WritesItsInput(bpfree.Backprop):
+    def signals(self, params, state, trace, error, target):
+        trace[0].r.mul_(0.5)
+        return super().signals(params, state, trace, error, target)
+
+
+class WritesItsState(bpfree.FeedbackAlignment):
+    def feedback(self, l, params, state):
+        return state[f"B{l}"].mul_(0.9)
+
+
+@pytest.mark.parametrize("rule, message", [
+    (ReadsItself, "must read weights from params"),
+    (WritesItsInput, r"wrote to \['x'\]"),
+    (WritesItsState, r"wrote to \['B2'\]"),
+])  # fmt: skip
+def test_a_rule_whose_update_is_not_pure_is_told_so_and_left_as_it_was(rule, message, few_digits):
+    net = bpfree.mlp(64, 8, 10, generator=generator(0))
+    made = rule(net, generator=generator(1))
+    before = {k: v.clone() for k, v in {**made.params(), **made.state()}.items()}
+    with pytest.raises(ValueError, match=message):
+        fit(lambda g: made, few_digits, epochs=1)
+    for key, tensor in {**made.params(), **made.state()}.items():
+        assert torch.equal(tensor, before[key])
+
+
+def test_numbers_of_numpy_are_numbers(few_digits):
+    make = lambda g: bpfree.Backprop(bpfree.mlp(64, 8, 10, generator=g))  # noqa: E731
+    run = fit(make, few_digits, epochs=np.int64(1), seeds=np.arange(2))
+    assert run.test_accuracy.shape == (2, 1)
+
+
+@pytest.mark.parametrize("part", ["train_y", "test_y"])
+def test_labels_that_are_fewer_than_the_images_are_refused(part, few_digits):
+    short = dataclasses.replace(few_digits, **{part: getattr(few_digits, part)[:-1]})
+    make = lambda g: bpfree.Backprop(bpfree.mlp(64, 8, 10, generator=g))  # noqa: E731
+    with pytest.raises(ValueError, match="y must have shape"):
+        fit(make, short, epochs=1)
 
 
 # ---- learning ------------------------------------------------------------------------------------

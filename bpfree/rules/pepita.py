@@ -45,7 +45,8 @@ class PEPITA(Rule):
         mirroring: batches of noise from which F = B_1 ... B_L, then factored, learns the weights
             before each epoch of ``fit`` (see ``refresh``); 0: F is fixed. Buffers ``B1`` .. ``BL``.
         cheap: block 1 is linear before its activation, so a_1^err = a_1 + e (W_1 F)^T. The C images
-            of F ride along in the first pass; the second needs no product with the input. Exact.
+            of F ride along in the first pass; the second needs no product with the input. Exact;
+            cheaper while C (1/B + 1/n_0) < 1 (in a convolution n_0 is the size of a patch).
         saving: store no activity but compute the first pass again, beside the second: peak memory
             of two consecutive blocks (and of the dropout masks), for one more forward pass
             (MEMPEPITA, Pau & Aymone).
@@ -155,7 +156,7 @@ class PEPITA(Rule):
             if l < len(self.net):
                 yield self._hidden(self.net[l - 1], t, t_err)
         if self.output_error == "second":
-            error = F.softmax(t_err.h, 1) - target
+            error = F.softmax(t_err.h, 1, dtype=target.dtype) - target
         yield (t if self.presynaptic == "first" else t_err).r, error
 
     def _hidden(self, block: Block, t: Trace, t_err: Trace) -> Signal:

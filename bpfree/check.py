@@ -1,0 +1,57 @@
+"""What ``fit`` asks of a rule before it trains."""
+
+from __future__ import annotations
+
+import torch
+
+from .data import Data
+from .rule import Rule, check_batch
+
+
+def check_rule(rule: Rule, data: Data, rules: list[Rule]) -> None:
+    """Raise unless ``rule`` fits the data, and shares no network with the others of ``rules``."""
+    if not isinstance(rule, Rule):
+        raise TypeError(f"make must return a rule, got {type(rule).__name__}")
+    if rule.net.num_classes < data.num_classes:
+        raise ValueError(
+            f"the network has {rule.net.num_classes} classes, {data.name} has {data.num_classes}"
+        )
+    first = data.inputs(data.train_x[:1], rule.net.weights()[0].dtype)
+    # one image stands for all: they share a shape
+    for x, y in ((data.train_x, data.train_y), (data.test_x, data.test_y)):
+        check_batch(rule.net, first.expand(len(x), *first.shape[1:]), y)
+    if sum(other.net[0].linear.weight is rule.net[0].linear.weight for other in rules) > 1:
+        raise ValueError("make must build a new network for each seed, got the same one twice")
+
+
+@torch.no_grad()
+def check_update(rule: Rule, data: Data) -> None:
+    """Raise unless the rule's update reads only what it is given, and writes none of it.
+
+    Anything else would be silently wrong: vectorised seeds share the first rule's own tensors.
+    """
+    name, own = type(rule).__name__, {**rule.params(), **rule.state()}
+    kept = {key: t.clone() for key, t in own.items()}
+    params, state = ({k: kept[k].clone() for k in part} for part in (rule.params(), rule.state()))
+    x, y = data.inputs(data.train_x[:4], rule.net.weights()[0].dtype), data.train_y[:4]
+    given = {"x": x, **params, **state}
+    versions = {key: t._version for key, t in given.items()}
+
+    def has_nan() -> bool:
+        grads = rule.update(params, state, x, y, masks={}).grads
+        return any(grad.isnan().any() for grad in grads.values())
+
+    before = has_nan()  # of weights that are not finite themselves
+    try:
+        for t in own.values():
+            if t.is_floating_point():
+                t.fill_(torch.nan)
+        reads_itself = has_nan() and not before
+    finally:
+        for key, t in own.items():
+            t.copy_(kept[key])
+    wrote = [key for key, t in given.items() if t._version != versions[key]]
+    if wrote:
+        raise ValueError(f"{name} must not write to what its update is given, wrote to {wrote}")
+    if reads_itself:
+        raise ValueError(f"{name} must read weights from params and feedback from state, not self")
