@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from . import bench_engine, results, rules
+from .device import generator_on
 from .measure import peak_memory
 from .network import Network, mlp
 from .rule import Rule
@@ -42,6 +43,8 @@ def arm(
     x = x.contiguous(memory_format=layout) if x.dim() == 4 else x
     y = torch.randint(0, net.num_classes, (batch,), generator=g).to(device)
     rule = None if name == "autograd" else RULES[name](net, generator=g, **options).to(device)
+    if rule is not None:  # dropout is drawn where autograd's arm draws it
+        rule.generator = generator_on(torch.device(device), g)
     own = [] if rule is None else [*rule.parameters()]
     opt = optimizer([*net.parameters(), *own])
     modules = plain(net)
@@ -104,14 +107,19 @@ def run(device: str = "cpu", folder: str | Path | None = None) -> dict:
 
 
 def table(content: dict) -> str:
-    """The step times as a Markdown table: rules down, networks across, ratios to autograd."""
+    """Rules down, networks across: ratios of step times to autograd's; then memory. Markdown."""
     titles = list(content["steps"])
-    lines = ["| rule | " + " | ".join(titles) + " |", "|---|" + "---|" * len(titles)]
+    deep = f"peak memory of {max(DEPTHS)} layers, MB"
+    lines = [
+        "| rule | " + " | ".join([*titles, deep]) + " |",
+        "|---|" + "---|" * len([*titles, deep]),
+    ]
     for name in ("autograd", *RULES):
         cells = []
         for title in titles:
             row = content["steps"][title][name]
             ms = f" ({row['median_ms']:.2f} ms)" if name == "autograd" else ""
             cells.append(f"{row['ratio']:.2f}{ms}")
+        cells.append(f"{max(content['memory_MB'][name].values()):.1f}")
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines)

@@ -9,7 +9,7 @@ many seeds at once.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from functools import reduce
 from typing import NamedTuple
 
@@ -19,18 +19,38 @@ from torch import Tensor, nn
 
 aten = torch.ops.aten
 
-# name -> (f, (v, a, f(a)) -> v * f'(a)); the derivatives that need no autograd
+# name -> (f, (v, f(a)) -> v * f'(a)); the derivatives that need no autograd
 ACTIVATIONS: dict[str, tuple[Callable, Callable]] = {
-    "identity": (lambda a: a, lambda v, a, z: v),
-    "relu": (torch.relu, lambda v, a, z: aten.threshold_backward(v, z, 0)),
-    "tanh": (torch.tanh, lambda v, a, z: aten.tanh_backward(v, z)),
-    "sign": (torch.sign, lambda v, a, z: torch.zeros_like(v)),
-    "sigmoid": (torch.sigmoid, lambda v, a, z: aten.sigmoid_backward(v, z)),
+    "identity": (lambda a: a, lambda v, z: v),
+    "relu": (torch.relu, lambda v, z: aten.threshold_backward(v, z, 0)),
+    "tanh": (torch.tanh, lambda v, z: aten.tanh_backward(v, z)),
+    "sign": (torch.sign, lambda v, z: torch.zeros_like(v)),
+    "sigmoid": (torch.sigmoid, lambda v, z: aten.sigmoid_backward(v, z)),
 }
 
 
 # deterministic, parameter-free, each sample by itself: so the local derivative is well defined
 POOLS = (nn.MaxPool1d, nn.AvgPool1d, nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d)
+
+
+def one_of(name: str, given: object, known: Collection) -> None:
+    """Raise a ValueError that names the argument unless it is one of the known ones."""
+    if given not in known:
+        raise ValueError(f"{name} must be one of {known}, got {given!r}")
+
+
+def _check_function(f: Callable[[Tensor], Tensor]) -> None:
+    """Raise unless f maps a tensor to one of its shape, each time the same, and leaves it alone."""
+    a = torch.linspace(-2, 2, 64).reshape(8, 8)
+    z = f(a.clone())
+    if not isinstance(z, Tensor) or z.shape != a.shape:
+        raise ValueError(f"activation must give a tensor of its input's shape, got {f}")
+    before = a.clone()
+    same = torch.allclose(f(a), z, equal_nan=True)
+    if not torch.equal(a, before):  # rules read a_l after it
+        raise ValueError(f"activation must not work in place, got {f}")
+    if not same:
+        raise ValueError(f"activation must depend on its input alone, got {f}")
 
 
 class Trace(NamedTuple):
@@ -72,17 +92,17 @@ class Block(nn.Module):
                 raise ValueError(f"padding_mode must be 'zeros', got {linear.padding_mode!r}")
             if isinstance(linear.padding, str):
                 raise ValueError(f"padding must be given in pixels, got {linear.padding!r}")
-        if not callable(activation) and activation not in ACTIVATIONS:
-            raise ValueError(
-                f"activation must be a function or one of {sorted(ACTIVATIONS)}, got {activation!r}"
-            )
+        if not callable(activation):
+            one_of("activation", activation, sorted(ACTIVATIONS))
+        elif isinstance(activation, nn.Module) and activation.state_dict():
+            raise ValueError(f"activation must have no parameters or buffers, got {activation}")
+        else:
+            _check_function(activation)
         if pool is not None and type(pool) not in POOLS:
             names = ", ".join(p.__name__ for p in POOLS)
             raise TypeError(f"pool must be one of torch.nn's {names}, or None, got {pool!r}")
-        if isinstance(activation, nn.Module) and activation.state_dict():
-            raise ValueError(f"activation must have no parameters or buffers, got {activation}")
-        if getattr(activation, "inplace", False):  # rules read a_l after it
-            raise ValueError(f"activation must not work in place, got {activation}")
+        if getattr(pool, "return_indices", False):
+            raise ValueError(f"pool must return the pooled tensor alone, got {pool}")
         if not 0 <= dropout < 1:
             raise ValueError(f"dropout must be in [0, 1), got {dropout}")
         self.linear, self.activation, self.pool, self.dropout = linear, activation, pool, dropout
@@ -166,7 +186,7 @@ class Block(nn.Module):
         v = self.unpool(v, t)
         if callable(self.activation):
             return torch.func.vjp(self.activation, t.a)[1](v)[0]
-        return ACTIVATIONS[self.activation][1](v, t.a, t.z)
+        return ACTIVATIONS[self.activation][1](v, t.z)
 
     def transpose(self, delta: Tensor, weight: Tensor, like: Tensor) -> Tensor:
         """delta W: from the shape of a to the shape of the block's input, that of ``like``.

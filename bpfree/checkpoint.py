@@ -11,8 +11,6 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-FORMAT = "bpfree-checkpoint/1"
-
 
 def write_atomic(file: Path, write: Callable[[BinaryIO], None]) -> None:
     """Let ``write`` fill a new file and put it in the place of ``file`` at once, or not at all.
@@ -62,12 +60,7 @@ def save(file: Path, content: dict, fingerprint: str) -> None:
         content: nested dicts and lists of tensors and plain values; no code is pickled.
         fingerprint: of the settings that the content belongs to.
     """
-    whole = {
-        "format": FORMAT,
-        "fingerprint": fingerprint,
-        "digest": digest(content),
-        "content": content,
-    }
+    whole = {"fingerprint": fingerprint, "digest": digest(content), "content": content}
     write_atomic(file, lambda f: torch.save(whole, f))
 
 
@@ -83,16 +76,12 @@ def load(file: Path, fingerprint: str) -> dict | None:
     advice = "move it away to start anew"
     try:
         whole = torch.load(file, weights_only=True, map_location="cpu")
+        theirs, content = whole["fingerprint"], whole["content"]
+        if digest(content) != whole["digest"]:
+            raise ValueError("its checksum does not match")
     except Exception as error:  # torch raises many kinds for a truncated or foreign file
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise ValueError(f"{file} is damaged or no checkpoint ({reason}); {advice}") from error
-    found = whole.get("format") if isinstance(whole, dict) else type(whole).__name__
-    if found != FORMAT or not {"content", "digest", "fingerprint"} <= set(whole):
-        raise ValueError(
-            f"{file} is no checkpoint of bpfree (expected {FORMAT!r}, got {found!r}); {advice}"
-        )
-    if digest(whole["content"]) != whole["digest"]:
-        raise ValueError(f"{file} is damaged: its checksum does not match; {advice}")
-    if whole["fingerprint"] != fingerprint:
+    if theirs != fingerprint:
         raise ValueError(f"{file} belongs to a run with other settings or data; {advice}")
-    return whole["content"]
+    return content

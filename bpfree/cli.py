@@ -18,12 +18,9 @@ from .train import OutOfTime
 
 def _seeds(text: str) -> list[int]:
     """'0:3' is 0, 1, 2; '5' is 5; '0,4' is 0 and 4."""
+    start, colon, stop = text.partition(":")
     try:
-        if ":" in text:
-            start, stop = map(int, text.split(":"))
-            seeds = list(range(start, stop))
-        else:
-            seeds = [int(part) for part in text.split(",")]
+        seeds = [*range(int(start), int(stop))] if colon else [int(s) for s in text.split(",")]
     except ValueError:
         seeds = []
     if not seeds or min(seeds) < 0 or max(seeds) >= 2**63 or len(set(seeds)) < len(seeds):
@@ -71,7 +68,8 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--all", action="store_true", help="every recipe, by priority")
     run.add_argument(
         "--budget", type=_duration, metavar="TIME",
-        help="stop in time, such as 9m or 90s or 2h; the same command goes on from there",
+        help="such as 9m, 90s or 2h: no epoch is begun that would end later (but for the first);"
+        " the same command goes on from there",
     )  # fmt: skip
     run.add_argument("--seeds", type=_seeds, help="0:3, 5 or 0,4 (default: the recipe's)")
     run.add_argument("--device", type=_device, default="cpu", help="cpu or cuda (default: cpu)")
@@ -118,7 +116,8 @@ def _run(args: argparse.Namespace) -> None:
             print(f"{recipe.name}: not run, {error}", flush=True)
             continue
         accuracy = results.spread(results.final(result))
-        print(f"{recipe.name}: {accuracy} % over {len(result['runs'])} seeds", flush=True)
+        unit = "" if accuracy == "diverged" else " %"
+        print(f"{recipe.name}: {accuracy}{unit} over {len(result['runs'])} seeds", flush=True)
 
 
 def _report(args: argparse.Namespace) -> None:
@@ -141,7 +140,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"bpfree: {error}; the same command goes on from there", file=sys.stderr)
         return 3
     except KeyboardInterrupt:
-        print("bpfree: interrupted; the same command goes on from there", file=sys.stderr)
+        print("bpfree: interrupted; `bpfree run` goes on where it was", file=sys.stderr)
         return 130
     except BrokenPipeError:  # whoever read our output, `head` say, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

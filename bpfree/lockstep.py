@@ -52,18 +52,13 @@ class Lockstep:
         self._step = over_seeds(self._one_step)
         if compile:
             self._step = torch.compile(self._step)
-        self._hits = over_seeds(self._one_hits, in_dims=(0, None, None))
-        self._align = over_seeds(self._one_align, in_dims=(0, 0, None, None))
+        self._logits = over_seeds(lambda p, x: self.net.trace(p, x)[-1].h, in_dims=(0, None))
+        self._align = over_seeds(lambda p, s, x, y: tuple(alignment(rules[0], x, y, p, s)),
+                                 in_dims=(0, 0, None, None))  # fmt: skip
 
     def _one_step(self, params, state, x, y, masks):
         u = self.rules[0].update(params, state, x, y, masks=masks, keep_signals=False)
         return u.loss, (u.logits.argmax(1) == y).double().mean(), u.grads
-
-    def _one_hits(self, params, x, y):
-        return (self.net.trace(params, x)[-1].h.argmax(1) == y).double().sum()
-
-    def _one_align(self, params, state, x, y):
-        return tuple(alignment(self.rules[0], x, y, params, state))
 
     def train(self, rate: float) -> tuple[Tensor, Tensor]:
         """One epoch at ``rate`` times the learning rate: mean loss and accuracy (%), each (S,)."""
@@ -103,12 +98,11 @@ class Lockstep:
 
     def test(self) -> Tensor:
         """Test accuracy in %, (S,)."""
-        chunks = zip(self.data.test_x.split(1000), self.data.test_y.split(1000), strict=True)
+        chunks = self.data.test_x.split(1000)
         with precision("float32", self.device):
-            hits = sum(
-                self._hits(self.params, self.data.inputs(x, self.dtype), y) for x, y in chunks
-            )
-        return self._per_seed(100 * hits / len(self.data.test_y))
+            logits = [self._logits(self.params, self.data.inputs(x, self.dtype)) for x in chunks]
+        right = (torch.cat(logits, -2).argmax(-1) == self.data.test_y).double().sum(-1)
+        return self._per_seed(100 * right / len(self.data.test_y))
 
     def probe(self, n: int) -> tuple[Tensor, Tensor]:
         """Angle and norm to backprop's update on the first n training images, each (S, L)."""

@@ -63,11 +63,7 @@ def alignment(
 
 @torch.enable_grad()
 def fgsm(
-    net: nn.Module,
-    x: Tensor,
-    y: Tensor,
-    epsilon: float,
-    bounds: tuple[float, float] = (0.0, 1.0),
+    net: nn.Module, x: Tensor, y: Tensor, epsilon: float, bounds: tuple[float, float] = (0.0, 1.0)
 ) -> Tensor:
     """Adversarial examples by the fast gradient sign method (Goodfellow et al. 2015, 1412.6572).
 
@@ -89,7 +85,7 @@ def fgsm(
     if not (x.min() >= low and x.max() <= high):
         raise ValueError(f"x must be in {bounds}, got {float(x.min()):.4g}..{float(x.max()):.4g}")
     x = x.detach().requires_grad_()
-    (slope,) = torch.autograd.grad(F.cross_entropy(net(x), y), x)
+    (slope,) = torch.autograd.grad(F.cross_entropy(net(x), y.long()), x)
     return (x + epsilon * slope.sign()).clamp(low, high).detach()
 
 

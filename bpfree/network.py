@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from .block import Block, Trace
+from .block import Block, Trace, one_of
 
 # name -> bound of the uniform distribution, from fan-in and fan-out
 INITS: dict[str, Callable[[int, int], float]] = {
@@ -126,27 +126,29 @@ class Network(nn.Sequential):
         weight, bias = params[f"{l - 1}.linear.weight"], params.get(f"{l - 1}.linear.bias")
         return self[l - 1].trace(h, weight, bias, mask)
 
-    def trace(
+    def blockwise(
         self,
         params: dict[str, Tensor],
         x: Tensor,
-        masks: dict[int, Tensor] | None = None,
+        masks: dict[int, Tensor],
         first: Trace | None = None,
-    ) -> list[Trace]:
-        """Every intermediate of a forward pass with the weights in ``params``, block by block.
+    ) -> Iterator[Trace]:
+        """A forward pass block by block; ``first`` is block 1's, where it is known already."""
+        for l in range(1, len(self) + 1):
+            if l > 1 or first is None:
+                first = self.block_trace(l, params, x, masks.get(l))
+            yield first
+            x = first.h
 
-        ``first`` is block 1's, where it is known already; ``x`` is not used then.
-        """
-        masks = masks or {}
-        traces = [self.block_trace(1, params, x, masks.get(1)) if first is None else first]
-        for l in range(2, len(self) + 1):
-            traces.append(self.block_trace(l, params, traces[-1].h, masks.get(l)))
-        return traces
+    def trace(
+        self, params: dict[str, Tensor], x: Tensor, masks: dict[int, Tensor] | None = None
+    ) -> list[Trace]:
+        """Every intermediate of a forward pass with the weights in ``params``."""
+        return list(self.blockwise(params, x, masks or {}))
 
 
 def _initialise(block: Block, init: str, generator: torch.Generator | None) -> Block:
-    if init not in INITS:
-        raise ValueError(f"init must be one of {sorted(INITS)}, got {init!r}")
+    one_of("init", init, sorted(INITS))
     weight, bias = block.linear.weight, block.linear.bias
     receptive = math.prod(weight.shape[2:])
     bound = INITS[init](weight.shape[1] * receptive, weight.shape[0] * receptive)

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from . import recipes
-from .checkpoint import write_atomic
+from .checkpoint import digest, write_atomic
 from .recipe import Recipe
 from .style import label
 from .train import Diverged, Run
@@ -44,23 +44,19 @@ def read(name: str, folder: str | os.PathLike | None = None) -> dict:
         raise FileNotFoundError(f"{name} is not recorded; record it with: bpfree run {name}")
     try:
         result = json.loads(file.read_text())
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{file} is not a result of bpfree: {error}") from error
-    found = result.get("format") if isinstance(result, dict) else type(result).__name__
-    if found != FORMAT:
-        raise ValueError(f"{file} is not a result of bpfree: expected {FORMAT!r}, got {found!r}")
-    recipe, runs = result.get("recipe"), result.get("runs")
-    whole = isinstance(recipe, dict) and "name" in recipe and isinstance(runs, dict)
-    if not whole or not all(_is_whole(run, recipe) for run in runs.values()):
-        raise ValueError(f"{file} is not a result of bpfree: its recipe or a run is incomplete")
-    if result["recipe"]["name"] != name:
-        raise ValueError(f"{file} holds the recipe {result['recipe']['name']!r}, not {name!r}")
+        found, epochs = result["format"], result["recipe"]["epochs"]
+        whole = all(
+            KEYS <= run.keys() and len(run["test_accuracy"]) == epochs
+            for run in result["runs"].values()
+        )
+        its = result["recipe"]["name"]
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise ValueError(f"{file} is not a result of bpfree: {error!r}") from error
+    if found != FORMAT or not whole:
+        raise ValueError(f"{file} is not a result of bpfree: a run is incomplete, or no {FORMAT!r}")
+    if its != name:
+        raise ValueError(f"{file} holds the recipe {its!r}, not {name!r}")
     return result
-
-
-def _is_whole(run: dict, recipe: dict) -> bool:
-    keys = KEYS <= set(run)
-    return keys and len(run["test_accuracy"]) == recipe.get("epochs")
 
 
 def write_json(file: Path, content: dict) -> None:
@@ -94,23 +90,25 @@ def record(
         OutOfTime: if ``deadline`` (``time.monotonic()``) comes first.
         OSError: if the disk is full; what was recorded before stays.
     """
-    settings = json.loads(json.dumps(dataclasses.asdict(recipe)))
+    optional = [f for f in dataclasses.fields(recipe) if f.default is not dataclasses.MISSING]
+    both = dataclasses.asdict(recipe), {f.name: f.default for f in optional}
+    settings, defaults = json.loads(json.dumps(both))  # tuples as the file gives them back
     file = path(recipe.name, folder)
     result = {"format": FORMAT, "recipe": settings, "data_checksum": None, "runs": {}}
     if file.exists():
         result = read(recipe.name, folder)
         # a field that did not exist when the file was recorded had its default's effect
-        theirs = {**_defaults(), **result["recipe"]}
+        theirs = {**defaults, **result["recipe"]}
         decisive = settings.keys() - {"seeds", "source", "paper"}
         changed = [k for k in settings if k in decisive and settings[k] != theirs.get(k)]
         if changed:
             was = ", ".join(f"{k}={theirs.get(k)!r} (now {settings[k]!r})" for k in changed)
             raise ValueError(f"{file} was recorded with {was}; move it away to record anew")
         result["recipe"] = settings
+    for seed in result["runs"]:  # of a kill between the record and the removal of its checkpoint
+        file.with_name(f"{recipe.name}.{seed}.ckpt").unlink(missing_ok=True)
     missing = [seed for seed in seeds if str(seed) not in result["runs"]]
     if not missing:
-        for seed in seeds:  # of a kill between the record and the removal of its checkpoint
-            file.with_name(f"{recipe.name}.{seed}.ckpt").unlink(missing_ok=True)
         return result
     file.parent.mkdir(parents=True, exist_ok=True)
     data = recipe.load(data_root)
@@ -120,7 +118,8 @@ def record(
     together = torch.device(device).type != "cpu"
     made = manifest(device, precision, compile)  # before training: of the code that trains
     for group in [missing] if together else [[seed] for seed in missing]:
-        checkpoint = file.with_name(f"{recipe.name}.{'-'.join(map(str, group))}.ckpt")
+        which = group[0] if len(group) == 1 else digest(group)[:16]  # names have 255 bytes at most
+        checkpoint = file.with_name(f"{recipe.name}.{which}.ckpt")
         try:
             run = recipe.fit(
                 data, group, probe=PROBE, device=device, precision=precision, compile=compile,
@@ -129,19 +128,13 @@ def record(
         except Diverged as error:  # a result too
             run = error.run
         made |= {"seconds": round(run.seconds, 1), "seeds_together": len(group)}
-        for i, seed in enumerate(group):
-            result["runs"][str(seed)] = {**_curves(run, i), **made}
-        result["runs"] = dict(sorted(result["runs"].items(), key=lambda item: int(item[0])))
+        runs = {str(seed): {**_curves(run, i), **made} for i, seed in enumerate(group)}
+        if file.exists():  # another process may have added seeds meanwhile
+            runs = read(recipe.name, folder)["runs"] | runs
+        result["runs"] = dict(sorted(runs.items(), key=lambda item: int(item[0])))
         write_json(file, result)
         checkpoint.unlink()
     return result
-
-
-def _defaults() -> dict:
-    """The recipe's fields that have a default, as JSON gives them back."""
-    defaults = {f.name: f.default for f in dataclasses.fields(Recipe)}
-    given = {name: d for name, d in defaults.items() if d is not dataclasses.MISSING}
-    return json.loads(json.dumps(given))
 
 
 def _curves(run: Run, i: int) -> dict:
@@ -167,7 +160,7 @@ def manifest(device: str, precision: str = "float32", compile: bool = False) -> 
         return done.stdout.strip()
 
     commit = git("rev-parse", "--short=12", "HEAD") or None
-    if commit and git("status", "--porcelain", "--", "bpfree"):
+    if commit and git("status", "--porcelain", "--", "bpfree", "figures/*.py"):
         commit += "+changes"
     cuda = torch.device(device).type == "cuda"
     threads = torch.get_num_threads()

@@ -16,6 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from . import checkpoint as checkpoints
+from .block import one_of
 from .check import check_rule, check_update
 from .data import Data
 from .device import PRECISIONS
@@ -94,7 +95,8 @@ def fit(
         progress: show a progress bar.
         checkpoint: file written after each epoch, from which the same call resumes to the bit. One
             file per seed, ``NAME.seedN``, where seeds are trained one after the other.
-        deadline: ``time.monotonic()`` by which to stop, at the end of an epoch.
+        deadline: ``time.monotonic()`` by which to stop, at the end of an epoch; one epoch is
+            trained in any case, unless it has passed before.
 
     Raises:
         ValueError: for epochs < 1, an unknown precision, no or repeated seeds, a batch larger than
@@ -111,10 +113,9 @@ def fit(
     seeds = [operator.index(seed) for seed in seeds]
     if not 0 <= probe <= len(data.train_x):
         raise ValueError(f"probe must be in 0..{len(data.train_x)}, got {probe!r}")
-    if not 1 <= batch_size <= len(data.train_x):
-        raise ValueError(f"batch_size must be in 1..{len(data.train_x)}, got {batch_size}")
-    if precision not in PRECISIONS:
-        raise ValueError(f"precision must be one of {PRECISIONS}, got {precision!r}")
+    if not isinstance(batch_size, numbers.Integral) or not 1 <= batch_size <= len(data.train_x):
+        raise ValueError(f"batch_size must be in 1..{len(data.train_x)}, got {batch_size!r}")
+    one_of("precision", precision, PRECISIONS)
     if vectorize is None:
         vectorize = torch.device(device).type != "cpu"
     rates = [1.0 if schedule is None else schedule(epoch) for epoch in range(epochs)]
@@ -138,12 +139,8 @@ def fit(
     diverged = [None if bad < 0 else int(bad) for bad in joined.pop().tolist()]
     run = Run(rules, *joined, diverged, seconds)
     if any(diverged):
-        by_epoch: dict[int, list[int]] = {}
-        for seed, epoch in zip(seeds, diverged, strict=True):
-            if epoch:
-                by_epoch.setdefault(epoch, []).append(seed)
-        where = ", ".join(f"epoch {e} for seeds {by_epoch[e]}" for e in sorted(by_epoch))
-        raise Diverged(f"training diverged in {where}", run)
+        where = [f"seed {s} in epoch {e}" for s, e in zip(seeds, diverged, strict=True) if e]
+        raise Diverged(f"training diverged: {', '.join(where)}", run)
     return run
 
 
@@ -181,10 +178,11 @@ def _train(
     start = [lockstep.state_dict()[k] for k in ("params", "state", "generators")] if file else None
     kinds = [type(o).__name__ for o in (rule, lockstep.opt)]
     data = lockstep.data
+    values = torch.linspace(-2, 2, 64, device=data.train_x.device).reshape(1, 1, 8, 8)
     settings = [
         kinds, options, shapes, start, seeds, rates, probe, lockstep.batch_size,
-        lockstep.precision, lockstep.compile, lockstep.opt.defaults, data.shift,
-        data.checksum if file else None,
+        lockstep.precision, lockstep.compile, lockstep.opt.defaults, data.scale,
+        data.shift, data.checksum if file else None, [block.act(values) for block in rule.net],
     ]  # fmt: skip
     fingerprint = checkpoints.digest(settings)
     if file and (saved := checkpoints.load(file, fingerprint)):

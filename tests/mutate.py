@@ -97,9 +97,8 @@ MUTANTS = [
     Mutant("rules/pepita.py", "t_err.r, h - h_err", "t_err.r, h_err - h",
            "hidden signal of the wrong sign", "test_pepita.py::"
            "test_gradients_of_an_mlp_are_the_equations_with_one_mask_for_both_passes"),
-    Mutant("rules/pepita.py", "x_err if l == 1 else t_err.h, mask",
-           "x_err if l == 1 else t_err.h, None", "second pass without the dropout mask",
-           "test_pepita.py::"
+    Mutant("rules/pepita.py", "params, h_err, masks.get(l)", "params, h_err, None",
+           "second pass without the dropout mask", "test_pepita.py::"
            "test_gradients_of_an_mlp_are_the_equations_with_one_mask_for_both_passes"),
     Mutant("rules/pepita.py", 'register_buffer("F", feedback)',
            'register_buffer("F", feedback, persistent=False)', "F left out of state_dict",
@@ -107,7 +106,7 @@ MUTANTS = [
     Mutant("rules/pepita.py", "scale = -scale / len(h)", "scale = scale / len(h)",
            "released scaling without its sign", "test_pepita.py::"
            "test_sum_is_positions_times_the_mean_and_released_is_minus_the_mean_over_the_batch"),
-    Mutant("rules/pepita.py", "not self.saving:\n            return", "True:\n            return",
+    Mutant("rules/pepita.py", "maxlen=1 if self.saving else None", "maxlen=None",
            "saving keeps every activity", "test_measure.py::"
            "test_memory_at_64_hidden_layers_beside_16_is_the_same_only_if_saving[saving]"),
     Mutant("rules/mirroring.py", "(sign if l == 1 else 1) * correlation", "sign * correlation",
@@ -179,9 +178,15 @@ MUTANTS = [
     Mutant("measure.py", "epsilon * slope.sign()", "-epsilon * slope.sign()",
            "adversarial examples that help", "test_measure.py::"
            "test_fgsm_of_softmax_regression_is_the_closed_form"),
-    Mutant("results.py", "{**_defaults(), **result", "{**result",
+    Mutant("results.py", "{**defaults, **result", "{**result",
            "a new field makes every record another recipe's", "test_results.py::"
            "test_a_field_newer_than_the_file_is_good_at_its_default_alone"),
+    Mutant("results.py", "[\"runs\"] | runs", "[\"runs\"] and runs",
+           "seeds of another process are lost", "test_results.py::"
+           "test_a_seed_that_another_process_recorded_meanwhile_stays"),
+    Mutant("check.py", "t.fill_(torch.nan)", "pass",
+           "a rule may read itself", "test_train.py::"
+           "test_a_rule_whose_update_is_not_pure_is_told_so_and_left_as_it_was"),
     Mutant("data.py", "if not check_integrity(path, md5):", "if False:",
            "damaged files are read", "test_data.py::test_a_damaged_file_is_named_and_not_loaded"),
 ]  # fmt: skip

@@ -131,11 +131,15 @@ def test_plain_modules_are_the_network():
 def test_table_has_one_row_per_arm_and_one_column_per_network():
     rows = {name: {"ratio": 1 + i / 8, "median_ms": 2.5} for i, name in enumerate(bench.RULES)}
     steps = {title: {"autograd": {"ratio": 1.0, "median_ms": 4.0}, **rows} for title in ("a", "b")}
-    head, rule, *body = bench.table({"steps": steps}).splitlines()
-    assert head == "| rule | a | b |"
-    assert rule == "|---|---|---|"
-    assert body[0] == "| autograd | 1.00 (4.00 ms) | 1.00 (4.00 ms) |"
-    assert body[1:] == [f"| {n} | {1 + i / 8:.2f} | {1 + i / 8:.2f} |" for i, n in enumerate(rows)]
+    memory = {name: {"4": i / 2, "64": i + 0.25} for i, name in enumerate(("autograd", *rows))}
+    content = {"steps": steps, "memory_MB": memory}
+    head, rule, *body = bench.table(content).splitlines()
+    assert head == "| rule | a | b | peak memory of 64 layers, MB |"
+    assert rule == "|---|---|---|---|"
+    assert body[0] == "| autograd | 1.00 (4.00 ms) | 1.00 (4.00 ms) | 0.2 |"
+    assert body[1:] == [
+        f"| {n} | {1 + i / 8:.2f} | {1 + i / 8:.2f} | {i + 1.25:.1f} |" for i, n in enumerate(rows)
+    ]
 
 
 def test_the_command_records_and_prints_the_table(small, tmp_path, capsys):

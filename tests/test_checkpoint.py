@@ -193,6 +193,22 @@ def test_options_held_in_a_dict_or_a_tensor_are_settings_too(tmp_path, few_digit
             train(other)
 
 
+def test_functions_and_scales_are_settings_too(tmp_path, few_digits):
+    def train(factor, scale=few_digits.scale):
+        def make(g):
+            net = bpfree.mlp(64, 8, 10, activation=lambda a: factor * a, generator=g)
+            return bpfree.Backprop(net)
+
+        data = dataclasses.replace(few_digits, scale=scale)
+        bpfree.fit(make, data, epochs=1, checkpoint=tmp_path / "c")
+
+    train(2.0)
+    train(2.0)
+    for other in ({"factor": 3.0}, {"factor": 2.0, "scale": 0.01}):
+        with pytest.raises(ValueError, match="other settings"):
+            train(**other)
+
+
 def test_damaged_or_foreign_checkpoint_is_named_and_left_alone(tmp_path):
     file = tmp_path / "c"
     checkpoint.save(file, {"w": torch.arange(1000.0)}, "f")
@@ -294,7 +310,7 @@ def test_one_diverged_seed_does_not_stop_or_change_the_others():
         return rule
 
     common = dict(epochs=3, batch_size=128, optimizer=partial(torch.optim.SGD, lr=0.1))
-    with pytest.raises(FloatingPointError, match=r"epoch 1 for seeds \[1\]") as caught:
+    with pytest.raises(FloatingPointError, match="seed 1 in epoch 1") as caught:
         bpfree.fit(make, bpfree.load(), seeds=(0, 1), vectorize=True, **common)
     both = caught.value.run
     alone = bpfree.fit(make, bpfree.load(), seeds=(0,), **common)
@@ -353,6 +369,6 @@ def test_checkpoint_of_another_network_with_the_same_weights_is_refused(tmp_path
 
 
 def test_checkpoint_without_content_is_named(tmp_path):
-    torch.save({"format": checkpoint.FORMAT}, tmp_path / "c")
-    with pytest.raises(ValueError, match=r"no checkpoint of bpfree.*move it away"):
+    torch.save({"digest": ""}, tmp_path / "c")
+    with pytest.raises(ValueError, match=r"damaged or no checkpoint.*move it away"):
         checkpoint.load(tmp_path / "c", "f")

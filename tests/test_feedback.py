@@ -271,7 +271,7 @@ def test_a_scale_of_sign_symmetry_that_is_not_positive_and_finite_is_refused(mag
 
 
 def test_an_unknown_magnitude_is_refused(mlp):
-    with pytest.raises(ValueError, match="'unit' or 'fixed', got 'random'"):
+    with pytest.raises(ValueError, match="'unit', 'fixed'.*got 'random'"):
         SignSymmetry(mlp.net, magnitude="random", generator=generator())
 
 

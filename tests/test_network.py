@@ -378,6 +378,19 @@ REFUSED = {
     "activation in place": (
         lambda: Block(nn.Linear(2, 3), nn.ReLU(inplace=True)), ValueError, "in place.*ReLU",
     ),
+    "activation function in place": (
+        lambda: Block(nn.Linear(2, 3), torch.relu_), ValueError, "in place.*relu_",
+    ),
+    "random activation": (
+        lambda: Block(nn.Linear(2, 3), nn.Dropout(0.5)), ValueError, "input alone.*Dropout",
+    ),
+    "halving activation": (
+        lambda: Block(nn.Linear(2, 3), nn.GLU()), ValueError, "input's shape.*GLU",
+    ),
+    "pool with indices": (
+        lambda: Block(nn.Conv2d(1, 2, 3), pool=nn.MaxPool2d(2, return_indices=True)), ValueError,
+        "pooled tensor alone",
+    ),
     "no activation": (lambda: Block(nn.Linear(2, 3), None), ValueError, "None"),
     "pool with parameters": (
         lambda: Block(nn.Conv2d(1, 2, 3), pool=nn.Conv2d(2, 2, 1)), TypeError,

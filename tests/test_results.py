@@ -161,6 +161,34 @@ def test_file_that_is_not_ours_is_named_and_left_alone(folder, capsys, content):
     assert file.read_text() == content
 
 
+def test_a_seed_that_another_process_recorded_meanwhile_stays(folder, monkeypatch):
+    fit = Recipe.fit
+
+    def slow(recipe, data, seeds, **options):
+        if list(seeds) == [0]:
+            results.record(recipe, [1], folder=folder)
+        return fit(recipe, data, seeds, **options)
+
+    monkeypatch.setattr(Recipe, "fit", slow)
+    results.record(recipes.get("small"), [0], folder=folder)
+    assert set(results.read("small", folder)["runs"]) == {"0", "1"}
+
+
+def test_many_seeds_together_have_a_checkpoint_with_a_short_name(folder, monkeypatch):
+    names = []
+
+    def stop(recipe, data, seeds, checkpoint, **options):
+        names.append(checkpoint.name)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Recipe, "fit", stop)
+    for seeds in (range(100), range(101)):
+        with pytest.raises(KeyboardInterrupt):
+            results.record(recipes.get("small"), seeds, folder=folder, device="meta")
+    assert max(map(len, names)) < 100
+    assert len(set(names)) == 2
+
+
 def test_a_record_that_lost_epochs_is_refused(folder):
     run(folder, "--seeds", "0")
     file = results.path("small", folder)
@@ -276,7 +304,7 @@ def test_interruption_is_one_line_that_says_how_to_go_on(folder, monkeypatch, ca
 
     monkeypatch.setattr("bpfree.recipe.fit", interrupt)
     assert run(folder) == 130
-    assert "the same command goes on from there" in capsys.readouterr().err
+    assert "`bpfree run` goes on where it was" in capsys.readouterr().err
 
 
 def test_rows_of_one_rule_are_told_apart_by_their_options():

@@ -3,13 +3,7 @@
 from .backprop import Backprop
 from .ekdaa import EKDAA
 from .falsifiers import Frozen, shuffled
-from .feedback import (
-    DRTP,
-    DirectFeedbackAlignment,
-    FeedbackAlignment,
-    KolenPollack,
-    SignSymmetry,
-)
+from .feedback import DRTP, DirectFeedbackAlignment, FeedbackAlignment, KolenPollack, SignSymmetry
 from .pepita import PEPITA
 
 __all__ = [

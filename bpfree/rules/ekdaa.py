@@ -9,14 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..block import ACTIVATIONS, Trace
+from ..block import ACTIVATIONS, Trace, one_of
 from ..network import Network
 from ..rule import Signal
 from .backprop import Backprop
 from .feedback import check_scale, like_weight
-
-STARTS = ("weights", "random")
-TARGETS = ("unpooled", "bilinear")
 
 
 class EKDAA(Backprop):
@@ -84,14 +81,12 @@ class EKDAA(Backprop):
         check_scale("feedback_scale", feedback_scale)
         if not (math.isfinite(gamma) and gamma >= 0):
             raise ValueError(f"gamma must be a finite number >= 0, got {gamma}")
-        for name, given, known in (("start", start, STARTS), ("target", target, TARGETS)):
-            if given not in known:
-                raise ValueError(f"{name} must be one of {known}, got {given!r}")
+        one_of("start", start, ("weights", "random"))
+        one_of("target", target, ("unpooled", "bilinear"))
         f = target_activation
-        if f is not None and not callable(f) and f not in ACTIVATIONS:
-            raise ValueError(
-                f"target_activation must be a function or one of {sorted(ACTIVATIONS)}, got {f!r}"
-            )
+        if f is not None and not callable(f):
+            one_of("target_activation", f, sorted(ACTIVATIONS))
+            f = ACTIVATIONS[f][0]
         self.beta, self.gamma, self.target, self.target_activation = beta, gamma, target, f
         self.swap_axes, self.scale_updates = swap_axes, scale_updates
         self.normalise_feedback, self.normalise_updates = normalise_feedback, normalise_updates
@@ -112,10 +107,8 @@ class EKDAA(Backprop):
                 self.register_parameter(f"E{l}", nn.Parameter(E))
 
     def _f(self, l: int) -> Callable[[Tensor], Tensor]:
-        f, block = self.target_activation, self.net[l - 1]
-        if f is None or not block.is_conv:
-            return block.act
-        return f if callable(f) else ACTIVATIONS[f][0]
+        block = self.net[l - 1]
+        return self.target_activation if self.target_activation and block.is_conv else block.act
 
     def feedback(self, l, params, state):
         E = params[f"rule.E{l}"]

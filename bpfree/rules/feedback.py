@@ -11,6 +11,7 @@ import math
 import torch
 from torch import Tensor, nn
 
+from ..block import one_of
 from ..network import Network, uniform
 from ..rule import Rule
 from .backprop import Backprop
@@ -40,10 +41,7 @@ class FeedbackAlignment(Backprop):
     """
 
     def __init__(
-        self,
-        net: Network,
-        feedback_scale: float = 1.0,
-        generator: torch.Generator | None = None,
+        self, net: Network, feedback_scale: float = 1.0, generator: torch.Generator | None = None
     ):
         super().__init__(net, generator)
         check_scale("feedback_scale", feedback_scale)
@@ -76,8 +74,7 @@ class SignSymmetry(Backprop):
         generator: torch.Generator | None = None,
     ):
         super().__init__(net, generator)
-        if magnitude not in ("unit", "fixed"):
-            raise ValueError(f"magnitude must be 'unit' or 'fixed', got {magnitude!r}")
+        one_of("magnitude", magnitude, ("unit", "fixed"))
         check_scale("scale", scale)
         for l, weight in enumerate(net.weights()[1:], 2):
             if magnitude == "fixed":
@@ -105,10 +102,7 @@ class KolenPollack(Backprop):
     """
 
     def __init__(
-        self,
-        net: Network,
-        feedback_scale: float = 1.0,
-        generator: torch.Generator | None = None,
+        self, net: Network, feedback_scale: float = 1.0, generator: torch.Generator | None = None
     ):
         super().__init__(net, generator)
         check_scale("feedback_scale", feedback_scale)
@@ -138,10 +132,7 @@ class DirectFeedbackAlignment(Rule):
     """
 
     def __init__(
-        self,
-        net: Network,
-        feedback_scale: float = 1.0,
-        generator: torch.Generator | None = None,
+        self, net: Network, feedback_scale: float = 1.0, generator: torch.Generator | None = None
     ):
         super().__init__(net, generator)
         check_scale("feedback_scale", feedback_scale)
@@ -157,7 +148,7 @@ class DirectFeedbackAlignment(Rule):
     def signals(self, params, state, trace, error, target):
         sent = self.broadcast(error, target)
         deltas = []
-        for l, (block, t) in enumerate(zip(list(self.net)[:-1], trace, strict=False), 1):
+        for l, (block, t) in enumerate(zip(self.net, trace[:-1], strict=False), 1):
             v = (sent @ state[f"D{l}"].to(sent.dtype)).reshape(t.h.shape)
             deltas.append(block.local_vjp(v, t))
         return [(t.r, delta) for t, delta in zip(trace, [*deltas, error], strict=True)]

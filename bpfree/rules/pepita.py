@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
 
-from ..block import Block, Trace
+from ..block import Block, Trace, one_of
 from ..network import Network, uniform
 from ..rule import Rule, Signal
 from .feedback import check_scale
 from .mirroring import factors, mirrored
 
-OUTPUT_ERRORS = ("second", "first")
-CONV_SCALINGS = ("mean", "sum", "released")
-PRESYNAPTIC = ("second", "first", "time-local")
 MIRROR_RATE = 0.1  # step of a factor per batch of noise, relative to its norm
 
 
@@ -72,15 +70,10 @@ class PEPITA(Rule):
         generator: torch.Generator | None = None,
     ):
         super().__init__(net, generator)
-        options = {
-            "output_error": (output_error, OUTPUT_ERRORS),
-            "sign": (sign, (+1, -1)),
-            "conv_scaling": (conv_scaling, CONV_SCALINGS),
-            "presynaptic": (presynaptic, PRESYNAPTIC),
-        }
-        for name, (given, known) in options.items():
-            if given not in known:
-                raise ValueError(f"{name} must be one of {known}, got {given!r}")
+        one_of("output_error", output_error, ("second", "first"))
+        one_of("sign", sign, (+1, -1))
+        one_of("conv_scaling", conv_scaling, ("mean", "sum", "released"))
+        one_of("presynaptic", presynaptic, ("second", "first", "time-local"))
         check_scale("feedback_scale", feedback_scale)
         if len(net) < 2:
             raise ValueError("PEPITA needs a hidden block, got a network of 1 block")
@@ -113,7 +106,7 @@ class PEPITA(Rule):
         return {**dict(zip(names, B, strict=True)), "F": torch.linalg.multi_dot(B)}
 
     def first_pass(self, params, state, x, masks):
-        state, first = {**state, "x": x, **{f"mask{l}": m for l, m in masks.items()}}, None
+        state, first = {**state, "x": x, "masks": masks}, None
         if self.cheap:
             block, batch = self.net[0], len(x)
             images = state["F"].T.reshape(-1, *x.shape[1:]).to(x.dtype)
@@ -123,38 +116,24 @@ class PEPITA(Rule):
             if bias is not None:  # added here, since the images of F must not carry it
                 a = a + bias.reshape(-1, *[1] * (a.dim() - 2))
             first = block.post(r[:batch], a, masks.get(1))
-        if not self.saving:
-            return self.net.trace(params, x, masks, first), state
-        t = self.net.block_trace(1, params, x, masks.get(1)) if first is None else first
-        del first
-        for l in range(2, len(self.net) + 1):
-            t = self.net.block_trace(l, params, t.h, masks.get(l))
-        return [t], state
+        passes = self.net.blockwise(params, x, masks, first)
+        return list(deque(passes, maxlen=1 if self.saving else None)), state
 
-    def _passes(self, params, state, trace, sent) -> Iterator[tuple[Trace, Trace]]:
-        """Each block's first and second pass, upwards."""
-        x = state["x"]
-        sent = sent.to(x.dtype)
+    def signals(self, params, state, trace, error, target) -> Iterator[Signal]:
+        x, masks = state["x"], state["masks"]
+        sent = self.sign * error.to(x.dtype)
         x_err = torch.addmm(x.flatten(1), sent, state["F"].T).reshape(x.shape)
-        for l in range(1, len(self.net) + 1):
-            mask = state.get(f"mask{l}")
-            if not self.saving:
-                t = trace[l - 1]
-            else:
-                t = self.net.block_trace(l, params, x if l == 1 else t.h, mask)
+        passes = self.net.blockwise(params, x, masks) if self.saving else trace
+        for l, (block, t) in enumerate(zip(self.net, passes, strict=True), 1):
             if l == 1 and self.cheap:
                 a_err = torch.addmm(t.a.flatten(1), sent, state["W1F"].flatten(1))
                 a_err = a_err.reshape(t.a.shape)
-                t_err = self.net[0].post(x_err.reshape(t.r.shape), a_err, mask)
+                t_err = block.post(x_err.reshape(t.r.shape), a_err, masks.get(1))
             else:
-                t_err = self.net.block_trace(l, params, x_err if l == 1 else t_err.h, mask)
-            yield t, t_err
-
-    def signals(self, params, state, trace, error, target) -> Iterator[Signal]:
-        passes = self._passes(params, state, trace, self.sign * error)
-        for l, (t, t_err) in enumerate(passes, 1):
+                h_err = x_err if l == 1 else t_err.h
+                t_err = self.net.block_trace(l, params, h_err, masks.get(l))
             if l < len(self.net):
-                yield self._hidden(self.net[l - 1], t, t_err)
+                yield self._hidden(block, t, t_err)
         if self.output_error == "second":
             error = F.softmax(t_err.h, 1, dtype=target.dtype) - target
         yield (t if self.presynaptic == "first" else t_err).r, error
