@@ -207,7 +207,7 @@ def mirrored(*sizes, mirroring=3, activation="relu", **chosen):
 
 
 def factors(state):
-    return [state[f"B{l}"] for l in range(1, len(state))]
+    return [state[f"Q{l}"] for l in range(1, len(state))]
 
 
 def product(matrices):
@@ -224,7 +224,7 @@ def refreshed(rule, seed=0):
 def test_factors_follow_the_layers_and_F_is_their_product():
     rule = mirrored()
     assert [tuple(B.shape) for B in factors(rule.state_dict())] == [(12, 10), (10, 8), (8, 4)]
-    assert set(rule.state_dict()) == set(rule.state()) == {"B1", "B2", "B3", "F"}
+    assert set(rule.state_dict()) == set(rule.state()) == {"Q1", "Q2", "Q3", "F"}
     assert {B.dtype for B in rule.state().values()} == {torch.float64}
     torch.testing.assert_close(rule.F, product(factors(rule.state())))
 
@@ -272,7 +272,7 @@ def test_a_refresh_reads_the_weights_and_feedback_it_is_given():
             w.neg_()
     doctored = rule.refresh(other.params(), other.state(), generator())
     assert_same(doctored, refreshed(other), rtol=0, atol=0)
-    assert relative_error(doctored["B1"], refreshed(rule)["B1"]) > 0.1
+    assert relative_error(doctored["Q1"], refreshed(rule)["Q1"]) > 0.1
 
 
 def test_without_mirroring_a_refresh_gives_nothing_and_draws_nothing(either):

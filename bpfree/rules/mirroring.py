@@ -19,7 +19,7 @@ BATCH = 64
 
 
 def factors(net: Network, scale: float, generator: torch.Generator | None) -> list[Tensor]:
-    """[B_1, ..., B_L], normal, B_l (n_{l-1}, n_l), whose product has entries of sd ``scale``.
+    """[Q_1, ..., Q_L], normal, Q_l (n_{l-1}, n_l), whose product has entries of sd ``scale``.
 
     Raises:
         ValueError: for a network with a convolution or a bias, which is no product of matrices.
@@ -41,27 +41,27 @@ def factors(net: Network, scale: float, generator: torch.Generator | None) -> li
 def mirrored(
     net: Network,
     params: dict[str, Tensor],
-    B: list[Tensor],
+    factors: list[Tensor],
     steps: int,
     rate: float,
     sign: int,
     generator: torch.Generator | None,
 ) -> list[Tensor]:
-    """B after ``steps`` batches of noise through each block by itself; each keeps its norm.
+    """The factors after ``steps`` batches of noise through each block alone; each keeps its norm.
 
-    B_l moves along E[xi^T phi_l(xi W_l^T)], which is proportional to W_l^T. ``sign`` multiplies it
+    Q_l moves along E[xi^T phi_l(xi W_l^T)], which is proportional to W_l^T. ``sign`` multiplies it
     in block 1 alone, so that the product comes to point along sign * (W_L ... W_1)^T.
     """
-    mirrored = []
-    for l, (block, feedback) in enumerate(zip(net, B, strict=True), 1):
-        W, norm = params[f"{l - 1}.linear.weight"], feedback.norm()
+    turned = []
+    for l, (block, Q) in enumerate(zip(net, factors, strict=True), 1):
+        W, norm = params[f"{l - 1}.linear.weight"], Q.norm()
         for _ in range(steps):
             device = generator.device if generator is not None else W.device
             noise = torch.randn(BATCH, W.shape[1], generator=generator, device=device).to(W)
             xi = NOISE * (noise - noise.mean())
             correlation = xi.T @ block.act(xi @ W.T) / BATCH
             direction = (sign if l == 1 else 1) * correlation / correlation.norm()
-            feedback = feedback + rate * norm * direction
-            feedback = feedback * (norm / feedback.norm())
-        mirrored.append(feedback)
-    return mirrored
+            Q = Q + rate * norm * direction
+            Q = Q * (norm / Q.norm())
+        turned.append(Q)
+    return turned

@@ -40,8 +40,8 @@ class PEPITA(Rule):
         presynaptic: r_l from the ``"second"`` pass, or the ``"first"`` (Hebbian in the first pass's
             activity); ``"time-local"`` pairs each pass's h_l with the same pass's h_{l-1}, so that
             no activity has to wait for the other pass.
-        mirroring: batches of noise from which F = B_1 ... B_L, then factored, learns the weights
-            before each epoch of ``fit`` (see ``refresh``); 0: F is fixed. Buffers ``B1`` .. ``BL``.
+        mirroring: batches of noise from which F = Q_1 ... Q_L, then factored, learns the weights
+            before each epoch of ``fit`` (see ``refresh``); 0: F is fixed. Buffers ``Q1`` .. ``QL``.
         cheap: block 1 is linear before its activation, so a_1^err = a_1 + e (W_1 F)^T. The C images
             of F ride along in the first pass; the second needs no product with the input. Exact;
             cheaper while C (1/B + 1/n_0) < 1 (in a convolution n_0 is the size of a patch).
@@ -85,10 +85,10 @@ class PEPITA(Rule):
         size = math.prod(net.input_shape)
         bound = feedback_scale * math.sqrt(6 / size)
         if mirroring:  # the product has the standard deviation of the uniform draw
-            B = factors(net, bound / math.sqrt(3), generator)
-            for l, factor in enumerate(B, 1):
-                self.register_buffer(f"B{l}", factor)
-            feedback = torch.linalg.multi_dot(B)
+            Q = factors(net, bound / math.sqrt(3), generator)
+            for l, factor in enumerate(Q, 1):
+                self.register_buffer(f"Q{l}", factor)
+            feedback = torch.linalg.multi_dot(Q)
         else:
             feedback = uniform((size, net.num_classes), bound, generator).to(net.weights()[0])
         self.register_buffer("F", feedback)
@@ -98,12 +98,12 @@ class PEPITA(Rule):
         """Mirror the weights as they are; F keeps about its size, and comes to point along them."""
         if not self.mirroring:
             return {}
-        names = [f"B{l}" for l in range(1, len(self.net) + 1)]
-        B = mirrored(
+        names = [f"Q{l}" for l in range(1, len(self.net) + 1)]
+        Q = mirrored(
             self.net, params, [state[n] for n in names], self.mirroring, MIRROR_RATE, -self.sign,
             generator,
         )  # fmt: skip
-        return {**dict(zip(names, B, strict=True)), "F": torch.linalg.multi_dot(B)}
+        return {**dict(zip(names, Q, strict=True)), "F": torch.linalg.multi_dot(Q)}
 
     def first_pass(self, params, state, x, masks):
         state, first = {**state, "x": x, "masks": masks}, None
