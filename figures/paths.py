@@ -96,8 +96,9 @@ def other_path(ax, rule: str, color: str, dashes) -> None:
         source = (SIGNAL + 0.85 * target, 3 if target or not chain else l + 1)
         straight = target or source[1] == l + 1
         arrow(ax, source, (SIGNAL, l), color, dashes, 0.0 if straight else -0.55)
-        x = (source[0] + SIGNAL) / 2 + (0.14 if straight else 0.72)
-        ax.text(x, (source[1] + l) / 2 - 0.1 * target, matrix, va="center", color=color)
+        beside = 0.72 if not straight else -0.4 if target and l == 2 else 0.14
+        x, y = (source[0] + SIGNAL) / 2 + beside, (source[1] + l) / 2
+        ax.text(x, y, matrix, va="center", color=color)
         # what the signal teaches: the weights into block l
         arrow(ax, (SIGNAL, l), (UP + 0.02, l - 0.5), color, ":", width=1.0)
 
