@@ -191,9 +191,13 @@ def spread(values: Sequence[float], digits: int = 2) -> str:
 
 
 def table(names: Sequence[str], folder: str | os.PathLike | None = None) -> str:
-    """Markdown table, paper beside ours, of recorded recipes; those not recorded say so."""
+    """Markdown: a table, paper beside ours, and the command for what is not recorded.
+
+    A recipe that is not recorded has a row only if the paper has a number for it.
+    """
     rows = ["| rule | data | network | epochs | paper, % | here, % | seeds | s per seed | device |",
             "|---|---|---|---|---|---|---|---|---|"]  # fmt: skip
+    missing = []
     for name in names:
         recipe = recipes.get(name)
         kind, args, keywords = recipe.network
@@ -205,7 +209,8 @@ def table(names: Sequence[str], folder: str | os.PathLike | None = None) -> str:
             f"| {label(recipe.rule)}{options} | {recipe.data} | {shape} | {recipe.epochs} | {paper}"
         )
         if not path(name, folder).exists():
-            rows.append(f"{head} | not run: `bpfree run {name}` | | | |")
+            missing.append(name)
+            rows += [f"{head} | not run | | | |"] * (recipe.paper is not None)
             continue
         runs = read(name, folder)["runs"]
         seconds = statistics.fmean(r["seconds"] / r["seeds_together"] for r in runs.values())
@@ -213,4 +218,7 @@ def table(names: Sequence[str], folder: str | os.PathLike | None = None) -> str:
         kept = final({"runs": runs})
         lost = f" (+ {len(runs) - len(kept)} diverged)" if len(kept) < len(runs) else ""
         rows.append(f"{head} | {spread(kept)} | {len(kept)}{lost} | {seconds:.0f} | {devices} |")
-    return "\n".join(rows)
+    parts = ["\n".join(rows)] if len(rows) > 2 else []
+    if missing:
+        parts.append(f"Not run yet: `bpfree run {' '.join(missing)}`")
+    return "\n\n".join(parts)

@@ -236,7 +236,7 @@ def test_what_decides_no_number_may_change_after_recording(folder, monkeypatch):
 
 
 def test_a_row_that_no_paper_has_says_so():
-    for name in ("pepita-fc-mnist-frozen", "pepita-conv-mnist-released"):
+    for name in ("pepita-fc-mnist-frozen", "pepita-conv-cifar10-released"):
         assert " | none | " in results.table([name])
     assert " | not verified | " in results.table(["pepita-fc-mnist-fa"])
 
@@ -257,10 +257,17 @@ def test_list_and_report_show_what_is_recorded_and_what_is_missing(folder, capsy
     listed = capsys.readouterr().out
     assert "seeds 0, 1" in listed
     assert "not recorded" in listed
-    assert cli.main(["report", "small", "mnist-fc-bp", "--results", str(folder)]) == 0
+    names = ["small", "mnist-fc-bp", "pepita-fc-mnist-bp", "mnist-fc-fa"]
+    assert cli.main(["report", *names, "--results", str(folder)]) == 0
     report = capsys.readouterr().out
     assert f"{sum(final) / 2:.2f} ± {torch.tensor(final).std().item():.2f}" in report
-    assert "not run: `bpfree run mnist-fc-bp`" in report
+    *rows, blank, missing = report.splitlines()[2:]
+    assert [row.count("|") for row in rows] == [10, 10]
+    assert "| 98.63 ± 0.03 | not run |" in rows[1]  # the paper's number is shown all the same
+    assert missing == "Not run yet: `bpfree run mnist-fc-bp pepita-fc-mnist-bp mnist-fc-fa`"
+    assert blank == ""
+    assert cli.main(["report", "mnist-fc-bp", "--results", str(folder)]) == 0
+    assert capsys.readouterr().out == "Not run yet: `bpfree run mnist-fc-bp`\n"
 
 
 @pytest.mark.parametrize(
@@ -309,7 +316,7 @@ def test_interruption_is_one_line_that_says_how_to_go_on(folder, monkeypatch, ca
 
 def test_rows_of_one_rule_are_told_apart_by_their_options():
     names = ["pepita-fc-mnist-pepita", "pepita-fc-mnist-pepita-mirrored"]
-    plain, mirrored = results.table(names, "/nowhere").splitlines()[2:]
+    plain, mirrored = results.table(names).splitlines()[2:]
     assert plain.startswith("| PEPITA |")
     assert mirrored.startswith("| PEPITA, mirroring 20 |")
 
