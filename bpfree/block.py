@@ -9,6 +9,7 @@ many seeds at once.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection
 from functools import reduce
 from typing import NamedTuple
@@ -39,9 +40,15 @@ def one_of(name: str, given: object, known: Collection) -> None:
         raise ValueError(f"{name} must be one of {known}, got {given!r}")
 
 
-def _check_function(f: Callable[[Tensor], Tensor]) -> None:
-    """Raise unless f maps a tensor to one of its shape, each time the same, and leaves it alone."""
-    a = torch.linspace(-2, 2, 64).reshape(8, 8)
+def example(linear: nn.Linear | nn.Conv2d) -> Tensor:
+    """Some pre-activation of a block with this linear map."""
+    conv = isinstance(linear, nn.Conv2d)
+    shape = (2, linear.out_channels, 8, 8) if conv else (4, linear.out_features)
+    return torch.linspace(-2, 2, math.prod(shape)).reshape(shape)
+
+
+def _check_function(f: Callable[[Tensor], Tensor], a: Tensor) -> None:
+    """Raise unless f maps a to a tensor of its shape, each time the same, and leaves it alone."""
     z = f(a.clone())
     if not isinstance(z, Tensor) or z.shape != a.shape:
         raise ValueError(f"activation must give a tensor of its input's shape, got {f}")
@@ -93,11 +100,11 @@ class Block(nn.Module):
             if isinstance(linear.padding, str):
                 raise ValueError(f"padding must be given in pixels, got {linear.padding!r}")
         if not callable(activation):
-            one_of("activation", activation, sorted(ACTIVATIONS))
+            one_of("activation, if not a function,", activation, sorted(ACTIVATIONS))
         elif isinstance(activation, nn.Module) and activation.state_dict():
             raise ValueError(f"activation must have no parameters or buffers, got {activation}")
         else:
-            _check_function(activation)
+            _check_function(activation, example(linear))
         if pool is not None and type(pool) not in POOLS:
             names = ", ".join(p.__name__ for p in POOLS)
             raise TypeError(f"pool must be one of torch.nn's {names}, or None, got {pool!r}")

@@ -76,6 +76,8 @@ def load(file: Path, fingerprint: str) -> dict | None:
     advice = "move it away to start anew"
     try:
         whole = torch.load(file, weights_only=True, map_location="cpu")
+        if not isinstance(whole, dict) or not {"content", "digest", "fingerprint"} <= set(whole):
+            raise ValueError("it has no fingerprint")
         theirs, content = whole["fingerprint"], whole["content"]
         if digest(content) != whole["digest"]:
             raise ValueError("its checksum does not match")

@@ -68,8 +68,8 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--all", action="store_true", help="every recipe, by priority")
     run.add_argument(
         "--budget", type=_duration, metavar="TIME",
-        help="such as 9m, 90s or 2h: no epoch is begun that would end later (but for the first);"
-        " the same command goes on from there",
+        help="such as 9m, 90s or 2h: no epoch but a seed's first is begun that would end later; the"
+        " same command goes on from there",
     )  # fmt: skip
     run.add_argument("--seeds", type=_seeds, help="0:3, 5 or 0,4 (default: the recipe's)")
     run.add_argument("--device", type=_device, default="cpu", help="cpu or cuda (default: cpu)")

@@ -100,8 +100,9 @@ class Lockstep:
         """Test accuracy in %, (S,)."""
         chunks = self.data.test_x.split(1000)
         with precision("float32", self.device):
-            logits = [self._logits(self.params, self.data.inputs(x, self.dtype)) for x in chunks]
-        right = (torch.cat(logits, -2).argmax(-1) == self.data.test_y).double().sum(-1)
+            logits = (self._logits(self.params, self.data.inputs(x, self.dtype)) for x in chunks)
+            guess = torch.cat([batch.argmax(-1) for batch in logits], -1)
+        right = (guess == self.data.test_y).double().sum(-1)
         return self._per_seed(100 * right / len(self.data.test_y))
 
     def probe(self, n: int) -> tuple[Tensor, Tensor]:

@@ -52,8 +52,10 @@ def read(name: str, folder: str | os.PathLike | None = None) -> dict:
         its = result["recipe"]["name"]
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise ValueError(f"{file} is not a result of bpfree: {error!r}") from error
-    if found != FORMAT or not whole:
-        raise ValueError(f"{file} is not a result of bpfree: a run is incomplete, or no {FORMAT!r}")
+    if found != FORMAT:
+        raise ValueError(f"{file} is not a result of bpfree: expected {FORMAT!r}, got {found!r}")
+    if not whole:
+        raise ValueError(f"{file} is not a result of bpfree: a run is incomplete")
     if its != name:
         raise ValueError(f"{file} holds the recipe {its!r}, not {name!r}")
     return result

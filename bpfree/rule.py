@@ -140,7 +140,7 @@ class Rule(nn.Module):
 
         Args:
             params, state: as ``params()`` and ``state()`` give them, or doctored copies.
-            x: inputs (B, *input_shape), float. y: classes (B,), int64 in 0..C-1. Not checked here.
+            x: inputs (B, *input_shape), float. y: classes (B,), integers in 0..C-1. Not checked.
             generator: source of dropout masks. masks: the masks themselves, as ``net.masks`` gives.
             keep_signals: return them too; otherwise each is freed when its gradient is there.
         """
@@ -154,14 +154,17 @@ class Rule(nn.Module):
         loss = F.nll_loss(log_p, y.long())
         signals = iter(self.signals(params, state, trace, log_p.exp() - target, target))
         del trace
-        grads, kept = {}, []
+        grads, kept, l = {}, [], -1
         for l, (block, (r, delta)) in enumerate(zip(self.net, signals, strict=False)):
             if keep_signals:
                 kept.append((r, delta))
             for name, grad in block.outer(delta, r, 1 / len(x)).items():
                 grads[f"{l}.linear.{name}"] = grad
-        if next(signals, None) is not None:
-            raise ValueError(f"{type(self).__name__} must give {len(self.net)} signals, gave more")
+        if l + 1 < len(self.net) or next(signals, None) is not None:
+            gave = l + 1 if l + 1 < len(self.net) else "more"
+            raise ValueError(
+                f"{type(self).__name__} must give {len(self.net)} signals, gave {gave}"
+            )
         grads |= self.own_grads(grads)
         for name, p in params.items():
             if name not in grads or grads[name].shape != p.shape:

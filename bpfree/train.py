@@ -16,7 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from . import checkpoint as checkpoints
-from .block import one_of
+from .block import example, one_of
 from .check import check_rule, check_update
 from .data import Data
 from .device import PRECISIONS
@@ -95,13 +95,14 @@ def fit(
         progress: show a progress bar.
         checkpoint: file written after each epoch, from which the same call resumes to the bit. One
             file per seed, ``NAME.seedN``, where seeds are trained one after the other.
-        deadline: ``time.monotonic()`` by which to stop, at the end of an epoch; one epoch is
-            trained in any case, unless it has passed before.
+        deadline: ``time.monotonic()`` by which to stop, at the end of an epoch; a seed's first
+            epoch is begun unless it has passed.
 
     Raises:
         ValueError: for epochs < 1, an unknown precision, no or repeated seeds, a batch larger than
-            the training set, fewer classes than the data, one network for several seeds, or a
-            checkpoint that is damaged, foreign, or of other settings.
+            the training set, fewer classes than the data, one network for several seeds, a rule
+            whose update reads itself or writes to what it is given, or a checkpoint that is
+            damaged, foreign, or of other settings.
         OutOfTime: if the deadline comes first.
         Diverged: a ``FloatingPointError``, at the end, if the loss of a seed was not finite.
         OSError: if a checkpoint cannot be written; the one before it is whole.
@@ -128,7 +129,7 @@ def fit(
             for rule in made:
                 check_rule(rule, data, rules + made)
                 rule.to(device).net.to(device).train()
-                check_update(rule, data)
+                check_update(rule, data, batch_size)
             lockstep = Lockstep(made, generators, data, batch_size, optimizer, precision, compile)
             file = None if checkpoint is None else Path(checkpoint)
             if file and len(groups) > 1:
@@ -144,15 +145,37 @@ def fit(
     return run
 
 
+def _plain(value: object) -> object:
+    """A value as a fingerprint holds it: functions and objects by their names."""
+    if isinstance(value, dict):
+        return {k: _plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(v) for v in value]
+    if isinstance(value, (str, numbers.Number, Tensor, type(None))):
+        return value
+    named = value if hasattr(value, "__qualname__") else type(value)
+    return f"{named.__module__}.{named.__qualname__}"
+
+
 def _options(part: torch.nn.Module) -> dict:
-    """The options of a rule or a block: its plain attributes, and its functions by their names."""
-    kept, plain = {}, (str, numbers.Number, tuple, list, dict, Tensor, type(None))
-    for name, value in vars(part).items():
-        if isinstance(value, plain) and not name.startswith("_"):  # those are torch's
-            kept[name] = value
-        elif hasattr(value, "__qualname__"):
-            kept[name] = f"{value.__module__}.{value.__qualname__}"
-    return kept
+    """The attributes of a rule or a block that are not torch's."""
+    return {k: _plain(v) for k, v in vars(part).items() if k not in vars(torch.nn.Module())}
+
+
+def _fingerprint(lockstep: Lockstep, seeds: list[int], rates: list[float], probe: int) -> str:
+    """Of everything that decides a run: a checkpoint of another one must not continue it."""
+    rule, data, defaults = lockstep.rules[0], lockstep.data, _plain(lockstep.opt.defaults)
+    shapes = {name: list(p.shape) for name, p in lockstep.params.items()}
+    start = [lockstep.state_dict()[k] for k in ("params", "state", "generators")]
+    kinds = [type(o).__name__ for o in (rule, lockstep.opt)]
+    options = [repr(rule.net), *map(_options, (rule, *rule.net))]
+    # functions of one name may differ in what they compute
+    given = [block for block in rule.net if callable(block.activation)]
+    computed = [block.act(example(block.linear).to(lockstep.device)) for block in given]
+    return checkpoints.digest([
+        kinds, options, computed, shapes, start, seeds, rates, probe, lockstep.batch_size,
+        lockstep.precision, lockstep.compile, defaults, data.scale, data.shift, data.checksum,
+    ])  # fmt: skip
 
 
 @torch.no_grad()
@@ -172,19 +195,7 @@ def _train(
     names = ("loss", "accuracy", "test", "angle", "norm")
     curves: dict[str, list[Tensor]] = {name: [] for name in names}
     epoch, spent, bad = 0, 0.0, torch.full((len(seeds),), -1)
-    shapes = {name: list(p.shape) for name, p in lockstep.params.items()}
-    rule = lockstep.rules[0]
-    options = [repr(rule.net), *map(_options, (rule, *rule.net))]
-    start = [lockstep.state_dict()[k] for k in ("params", "state", "generators")] if file else None
-    kinds = [type(o).__name__ for o in (rule, lockstep.opt)]
-    data = lockstep.data
-    values = torch.linspace(-2, 2, 64, device=data.train_x.device).reshape(1, 1, 8, 8)
-    settings = [
-        kinds, options, shapes, start, seeds, rates, probe, lockstep.batch_size,
-        lockstep.precision, lockstep.compile, lockstep.opt.defaults, data.scale,
-        data.shift, data.checksum if file else None, [block.act(values) for block in rule.net],
-    ]  # fmt: skip
-    fingerprint = checkpoints.digest(settings)
+    fingerprint = _fingerprint(lockstep, seeds, rates, probe) if file else None
     if file and (saved := checkpoints.load(file, fingerprint)):
         lockstep.load_state_dict(saved["lockstep"])
         epoch, spent, bad, curves = (saved[k] for k in ("epoch", "spent", "bad", "curves"))

@@ -182,15 +182,33 @@ def test_options_held_in_a_dict_or_a_tensor_are_settings_too(tmp_path, few_digit
             super().__init__(net)
             self.scale = options
 
-    def train(options):
+    def train(options, file):
         make = lambda g: Scaled(bpfree.mlp(64, 8, 10, generator=g), options)  # noqa: E731
-        bpfree.fit(make, few_digits, epochs=1, checkpoint=tmp_path / str(type(options)))
+        bpfree.fit(make, few_digits, epochs=1, checkpoint=tmp_path / file)
 
-    for options, other in (({"a": 1}, {"a": 2}), (torch.ones(1), torch.zeros(1))):
-        train(options)
-        train(options)
+    pairs = (
+        ({"a": 1}, {"a": 2}), (torch.ones(1), torch.zeros(1)), ({"f": [torch.tanh]}, {"f": [abs]}),
+    )  # fmt: skip
+    for i, (options, other) in enumerate(pairs):
+        train(options, str(i))
+        train(options, str(i))
         with pytest.raises(ValueError, match="other settings"):
-            train(other)
+            train(other, str(i))
+
+
+def test_attributes_with_an_underscore_are_settings_too(tmp_path, few_digits):
+    class Private(bpfree.Backprop):
+        def __init__(self, net, k):
+            super().__init__(net)
+            self._k = k
+
+    def train(k):
+        make = lambda g: Private(bpfree.mlp(64, 8, 10, generator=g), k)  # noqa: E731
+        bpfree.fit(make, few_digits, epochs=1, checkpoint=tmp_path / "c")
+
+    train(1)
+    with pytest.raises(ValueError, match="other settings"):
+        train(2)
 
 
 def test_functions_and_scales_are_settings_too(tmp_path, few_digits):

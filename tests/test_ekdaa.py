@@ -367,7 +367,7 @@ BAD_OPTIONS = {
     "start": ({"start": "W"}, r"start .*'weights', 'random'.*got 'W'"),
     "scale": ({"feedback_scale": 0}, "feedback_scale must be a positive.*got 0"),
     "target": ({"target": "pooled"}, "target .*'unpooled', 'bilinear'.*got 'pooled'"),
-    "activation": ({"target_activation": "tan"}, "target_activation .*'tanh'.*got 'tan'"),
+    "activation": ({"target_activation": "tan"}, "target_activation, .*'tanh'.*got 'tan'"),
 }
 
 
@@ -402,7 +402,7 @@ RESHAPING = {
     "convolution": (
         lambda: Network(Block(nn.Conv2d(1, 2, 3), pooled), *bpfree.mlp(8, 2),
                         input_shape=(1, 6, 6)),
-        {}, r"activation of block 1 .*got \(2, 4, 2, 2\) for \(2, 4, 4, 4\)",
+        {}, r"activation must give a tensor of its input's shape.*pooled",
     ),
     "target": (
         lambda: bpfree.convnet((1, 6, 6), (2,), num_classes=3),

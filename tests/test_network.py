@@ -385,7 +385,7 @@ REFUSED = {
         lambda: Block(nn.Linear(2, 3), nn.Dropout(0.5)), ValueError, "input alone.*Dropout",
     ),
     "halving activation": (
-        lambda: Block(nn.Linear(2, 3), nn.GLU()), ValueError, "input's shape.*GLU",
+        lambda: Block(nn.Linear(2, 4), nn.GLU()), ValueError, "input's shape.*GLU",
     ),
     "pool with indices": (
         lambda: Block(nn.Conv2d(1, 2, 3), pool=nn.MaxPool2d(2, return_indices=True)), ValueError,
@@ -440,6 +440,15 @@ REFUSED = {
         r"block 2 .*\(2, 1, 1\)",
     ),
 }  # fmt: skip
+
+
+@pytest.mark.parametrize("block", [
+    lambda: Block(nn.Linear(3, 48), lambda a: a * (a >= a.topk(10, 1).values[:, -1:])),
+    lambda: Block(nn.Linear(3, 9), lambda a: a.unflatten(1, (3, 3)).softmax(-1).flatten(1)),
+    lambda: Block(nn.Conv2d(1, 3, 3), nn.Softmax2d()),
+])  # fmt: skip
+def test_an_activation_may_look_at_its_whole_block(block):
+    assert callable(block().activation)
 
 
 @pytest.mark.parametrize("case", REFUSED)

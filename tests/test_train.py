@@ -11,6 +11,7 @@ from oracles import RULES, copies, generator, global_generator_untouched, plain_
 
 import bpfree
 from bpfree import alignment, fit
+from bpfree.check import check_update
 
 every_rule = pytest.mark.parametrize("name", RULES)
 plain_sgd = partial(torch.optim.SGD, lr=0.1)
@@ -313,6 +314,16 @@ class ReadsItself(bpfree.Backprop):
         return self.net[l - 1].linear.weight
 
 
+class ReadsItsSigns(bpfree.Backprop):
+    def feedback(self, l, params, state):
+        return self.net[l - 1].linear.weight.sign()
+
+
+class Decomposes(bpfree.Backprop):
+    def feedback(self, l, params, state):
+        return torch.linalg.svd(self.net[l - 1].linear.weight, full_matrices=False)[0]
+
+
 class WritesItsInput(bpfree.Backprop):
     def signals(self, params, state, trace, error, target):
         trace[0].r.mul_(0.5)
@@ -326,6 +337,8 @@ class WritesItsState(bpfree.FeedbackAlignment):
 
 @pytest.mark.parametrize("rule, message", [
     (ReadsItself, "must read weights from params"),
+    (ReadsItsSigns, "must read weights from params"),
+    (Decomposes, "must read weights from params"),
     (WritesItsInput, r"wrote to \['x'\]"),
     (WritesItsState, r"wrote to \['B2'\]"),
 ])  # fmt: skip
@@ -337,6 +350,31 @@ def test_a_rule_whose_update_is_not_pure_is_told_so_and_left_as_it_was(rule, mes
         fit(lambda g: made, few_digits, epochs=1)
     for key, tensor in {**made.params(), **made.state()}.items():
         assert torch.equal(tensor, before[key])
+
+
+class Draws(bpfree.FeedbackAlignment):
+    """Feedback that is drawn at each step, by the ten hardest samples, with a buffer that is one
+    number seen eight times: unusual, and nothing is wrong with it."""
+
+    def __init__(self, net, generator):
+        super().__init__(net, generator=generator)
+        self.register_buffer("ones", torch.ones(1).expand(8))
+
+    def signals(self, params, state, trace, error, target):
+        hard = error.norm(dim=1).topk(10).indices
+        mask = torch.zeros(len(error)).index_fill(0, hard, 1.0)[:, None]
+        for r, delta in super().signals(params, state, trace, error, target):
+            noise = torch.rand(1, generator=self.generator)
+            yield r, delta * mask * noise * state["ones"][0]
+
+
+def test_the_check_of_a_rule_leaves_its_generator_and_refuses_nothing_right(few_digits):
+    net = bpfree.mlp(64, 8, 10, generator=generator(0))
+    rule = Draws(net, generator(1))
+    before = rule.generator.get_state()
+    check_update(rule, few_digits, 64)
+    assert torch.equal(rule.generator.get_state(), before)
+    assert all(t.isfinite().all() for t in {**rule.params(), **rule.state()}.values())
 
 
 def test_numbers_of_numpy_are_numbers(few_digits):

@@ -85,7 +85,7 @@ class EKDAA(Backprop):
         one_of("target", target, ("unpooled", "bilinear"))
         f = target_activation
         if f is not None and not callable(f):
-            one_of("target_activation", f, sorted(ACTIVATIONS))
+            one_of("target_activation, if not a function,", f, sorted(ACTIVATIONS))
             f = ACTIVATIONS[f][0]
         self.beta, self.gamma, self.target, self.target_activation = beta, gamma, target, f
         self.swap_axes, self.scale_updates = swap_axes, scale_updates
@@ -108,7 +108,8 @@ class EKDAA(Backprop):
 
     def _f(self, l: int) -> Callable[[Tensor], Tensor]:
         block = self.net[l - 1]
-        return self.target_activation if self.target_activation and block.is_conv else block.act
+        own = self.target_activation is not None and block.is_conv
+        return self.target_activation if own else block.act
 
     def feedback(self, l, params, state):
         E = params[f"rule.E{l}"]
