@@ -129,15 +129,17 @@ class Block(nn.Module):
             p.kernel_size == p.stride and p.padding == 0 and p.dilation == 1 and not p.ceil_mode
         )
 
-    def _members(self, z: Tensor) -> list[Tensor]:
-        """The first, second, ... member of all windows, as views of z in the pool's scan order.
-
-        The largest of these views is the pool, much faster than torch's own on a CPU (appendix).
-        """
+    def _lines(self, z: Tensor, axis: int) -> list[Tensor]:
+        """The first, second, ... row (axis -2) or column (axis -1) of all windows, as views."""
         side = self.pool.kernel_size
-        kh, kw = side if isinstance(side, tuple) else (side, side)
-        rows, columns = (n // k * k for n, k in zip(z.shape[-2:], (kh, kw), strict=True))
-        return [z[..., i:rows:kh, j:columns:kw] for i in range(kh) for j in range(kw)]
+        k = side[axis] if isinstance(side, tuple) else side
+        end = z.shape[axis] // k * k
+        return [z[..., i:end:k, :] if axis == -2 else z[..., i:end:k] for i in range(k)]
+
+    def _largest(self, z: Tensor, axis: int) -> Tensor:
+        """Of all windows along one axis; along both it is the max-pool, much faster than torch's
+        own on a CPU (appendix)."""
+        return reduce(torch.maximum, self._lines(z, axis))
 
     def act(self, a: Tensor) -> Tensor:
         """activation(a), elementwise."""
@@ -154,7 +156,7 @@ class Block(nn.Module):
         """The rest of the block from its pre-activation; ``mask=None`` drops no unit."""
         z = self.act(a)
         if self._is_tiling():
-            pooled = reduce(torch.maximum, self._members(z))
+            pooled = self._largest(self._largest(z, -2), -1)  # rows first: whole lines of memory
         else:
             pooled = z if self.pool is None else self.pool(z)
         return Trace(r, a, z, pooled, pooled if mask is None else pooled * mask, mask)
@@ -181,12 +183,18 @@ class Block(nn.Module):
             v = v * t.mask
         if not self._is_tiling():
             return v if self.pool is None else torch.func.vjp(self.pool, t.z)[1](v)[0]
-        out = torch.zeros_like(t.z, dtype=v.dtype)
-        for member, place in zip(self._members(t.z), self._members(out), strict=True):
-            chosen = member == t.pooled
-            place.copy_(v * chosen)
-            v = v * ~chosen
-        return out
+        # to the first row that has its window's largest unit, then to the first such column of it
+        in_row = self._largest(t.z, -1)
+        for z, largest, axis in ((in_row, t.pooled, -2), (t.z, in_row, -1)):
+            out = torch.zeros_like(z, dtype=v.dtype)
+            *places, last = self._lines(out, axis)
+            for line, place in zip(self._lines(z, axis), places, strict=False):
+                chosen = v * (line == largest)
+                place.copy_(chosen)
+                v = v - chosen
+            last.copy_(v)
+            v = out
+        return v
 
     def local_vjp(self, v: Tensor, t: Trace) -> Tensor:
         """phi'(a) * v: from the shape of h to the shape of a, through this block's phi only."""

@@ -63,7 +63,7 @@ MUTANTS = [
            "test_shuffling_gives_each_sample_the_hidden_signal_of_another[mlp-fa]"),
     Mutant("block.py", "v = v * t.mask", "pass", "dropout mask forgotten in the local derivative",
            "test_feedback.py::test_signals_and_gradients_under_dropout_are_the_equations"),
-    Mutant("block.py", "zip(self._members(t.z)", "zip(self._members(t.a)",
+    Mutant("block.py", "in_row = self._largest(t.z, -1)", "in_row = self._largest(t.a, -1)",
            "max-pooling routes by pre-activations",
            "test_network.py::test_local_vjp_is_autograd_through_phi"),
     # ---- the gradient ----

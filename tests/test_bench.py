@@ -67,6 +67,18 @@ def test_compare_gives_the_median_of_the_ratios_within_rounds_after_a_warm_up(mo
     assert calls[1::2] == [("other", *turn[1:]) for turn in turns]
 
 
+def test_compare_calls_slow_arms_less_often_but_all_alike(monkeypatch):
+    calls = []
+
+    def timed(arm, repeats, device):
+        calls.append((arm, repeats))
+        return 0.3 if arm == "slow" else 0.01
+
+    monkeypatch.setattr(timing, "_seconds", timed)
+    timing.compare({n: n for n in ("base", "slow")}, "base", rounds=1, repeats=7)
+    assert calls == [("base", 2), ("slow", 2), ("base", 3), ("slow", 3)]
+
+
 def test_seconds_are_those_of_one_call(monkeypatch):
     calls, clock = [], iter([10.0, 13.0])
     monkeypatch.setattr(timing.time, "perf_counter", lambda: next(clock))
