@@ -110,15 +110,20 @@ def _pepita_table_1() -> list[Recipe]:
 
 
 def _pepita_follow_up(table: list[Recipe]) -> list[Recipe]:
-    """Chapter 3: mirroring, and three hidden layers, otherwise as in Table 1.
+    """Chapter 3: mirroring, without weight decay and with it, and three hidden layers; otherwise
+    as in Table 1.
 
-    The follow-up's own settings are not known to us.
+    The follow-up decays its weights; how much, and its other settings, are not known to us.
     """
     cells = []
     for base in (r for r in table if r.rule == "PEPITA" and r.network[0] == "mlp"):
         kind, (n_in, width, classes), keywords = base.network
         new = partial(dataclasses.replace, base, source="arXiv 2302.05440", paper=None)
-        cells.append(new(name=f"{base.name}-mirrored", options={"mirroring": 20}))
+        mirrored = new(name=f"{base.name}-mirrored", options={"mirroring": 20})
+        cells.append(mirrored)
+        cells.append(
+            dataclasses.replace(mirrored, name=f"{mirrored.name}-decay", weight_decay=1e-4)
+        )
         deep = (kind, (n_in, width, width, width, classes), keywords)
         cells.append(new(name=f"{base.name}-3-hidden", network=deep))
     return cells
@@ -158,6 +163,7 @@ def _ekdaa() -> list[Recipe]:
         "fa": ("FeedbackAlignment", {"feedback_scale": half}, "tanh", 0.03),
         "dfa": ("DirectFeedbackAlignment", {}, "tanh", 0.03),
         "sign-symmetry": ("SignSymmetry", {"magnitude": "fixed", "scale": half}, "tanh", 0.1),
+        "frozen": ("Frozen", {}, "tanh", 0.03),
         "frozen-sign": ("Frozen", {}, "sign", 0.003),
     }
     shallow = {  # a second hidden layer of switches is taught by avalanches
@@ -195,10 +201,40 @@ def _ekdaa() -> list[Recipe]:
     return sorted(cells, key=lambda recipe: recipe.epochs)  # those of minutes before those of hours
 
 
+def _ekdaa_narrow(cells: list[Recipe]) -> list[Recipe]:
+    """Chapter 4: the convolutional network a quarter as wide, for ten epochs: what a CPU can train.
+
+    Rates, and the signum's beta, are the best of the grid in figures/tuning.py.
+    """
+    chosen = {
+        "ekdaa": (0.1, {}),
+        "ekdaa-sign": (0.01, {"beta": 0.1}),
+        "bp": (0.1, {}),
+        "frozen": (0.03, {}),
+        "frozen-sign": (0.01, {}),
+    }
+    narrow = []
+    for arm, (lr, options) in chosen.items():
+        base = next(r for r in cells if r.name == f"ekdaa-cnn-fashion-mnist-{arm}")
+        kind, (shape, channels, hidden), keywords = base.network
+        widths = [tuple(n // 4 for n in full) for full in (channels, hidden)]
+        narrow.append(
+            dataclasses.replace(
+                base, name=f"ekdaa-narrow-fashion-mnist-{arm}", lr=lr, epochs=10, milestones=(7, 9),
+                options={**base.options, **options}, source="this book",
+                network=(kind, (shape, *widths), keywords),
+            )
+        )  # fmt: skip
+    return narrow
+
+
 _TABLE_1 = _pepita_table_1()
 _AROUND = (*_pepita_rate(_TABLE_1), *_pepita_follow_up(_TABLE_1))
+_EKDAA = _ekdaa()
 # by priority: `bpfree run --all` works through them in this order
-RECIPES: dict[str, Recipe] = {r.name: r for r in (*_mnist_fc(), *_TABLE_1, *_AROUND, *_ekdaa())}
+RECIPES: dict[str, Recipe] = {
+    r.name: r for r in (*_mnist_fc(), *_TABLE_1, *_AROUND, *_ekdaa_narrow(_EKDAA), *_EKDAA)
+}
 
 
 def get(name: str) -> Recipe:

@@ -20,14 +20,17 @@ from bpfree.recipe import Recipe
 
 RATES = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
 SCALES = tuple({"feedback_scale": scale} for scale in (0.001, 0.01, 0.1, 1.0))
-BETAS = ({}, {"beta": 0.3})
+BETAS = tuple({"beta": beta} for beta in (0.3, 0.1, 0.03))
 # how its recipes' names begin -> epochs, milestones, rates, and for some arms the options to
 # choose from
 EXPERIMENTS = {
     "mnist-fc": (5, (), RATES, {"drtp": SCALES, "drtp-relu": SCALES}),
     "ekdaa-fc-fashion-mnist": (
         5, (3, 4), (0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3),
-        {"ekdaa-sign": BETAS, "ekdaa-sign-1-hidden": BETAS},
+        {"ekdaa-sign": ({}, *BETAS), "ekdaa-sign-1-hidden": ({}, *BETAS)},
+    ),
+    "ekdaa-narrow-fashion-mnist": (
+        2, (), (0.01, 0.03, 0.1), {"ekdaa-sign": BETAS[:2]},
     ),
 }  # fmt: skip
 SEED, HOLDOUT = 100, 10_000
