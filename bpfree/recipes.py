@@ -122,7 +122,7 @@ def _pepita_follow_up(table: list[Recipe]) -> list[Recipe]:
         mirrored = new(name=f"{base.name}-mirrored", options={"mirroring": 20})
         cells.append(mirrored)
         cells.append(
-            dataclasses.replace(mirrored, name=f"{mirrored.name}-decay", weight_decay=1e-4)
+            dataclasses.replace(mirrored, name=f"{mirrored.name}-decay", weight_decay=1e-3)
         )
         deep = (kind, (n_in, width, width, width, classes), keywords)
         cells.append(new(name=f"{base.name}-3-hidden", network=deep))
@@ -163,7 +163,7 @@ def _ekdaa() -> list[Recipe]:
         "fa": ("FeedbackAlignment", {"feedback_scale": half}, "tanh", 0.03),
         "dfa": ("DirectFeedbackAlignment", {}, "tanh", 0.03),
         "sign-symmetry": ("SignSymmetry", {"magnitude": "fixed", "scale": half}, "tanh", 0.1),
-        "frozen": ("Frozen", {}, "tanh", 0.03),
+        "frozen": ("Frozen", {}, "tanh", 0.3),
         "frozen-sign": ("Frozen", {}, "sign", 0.003),
     }
     shallow = {  # a second hidden layer of switches is taught by avalanches

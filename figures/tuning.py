@@ -27,7 +27,7 @@ EXPERIMENTS = {
     "mnist-fc": (5, (), RATES, {"drtp": SCALES, "drtp-relu": SCALES}),
     "ekdaa-fc-fashion-mnist": (
         5, (3, 4), (0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3),
-        {"ekdaa-sign": ({}, *BETAS), "ekdaa-sign-1-hidden": ({}, *BETAS)},
+        {"ekdaa-sign": ({}, *BETAS), "ekdaa-sign-1-hidden": ({}, *BETAS[:1])},
     ),
     "ekdaa-narrow-fashion-mnist": (
         2, (), (0.01, 0.03, 0.1), {"ekdaa-sign": BETAS[:2]},
