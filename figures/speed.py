@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bpfree import Block, Network, bench, bench_engine, results
+from bpfree import Block, Network, bench, results
 from bpfree.device import keep_freed_memory
 from bpfree.timing import NETWORKS, SGD, compare
 
@@ -194,8 +194,8 @@ def roofline() -> dict:
     x, W = torch.rand(64, 784, generator=g), torch.rand(1024, 784, generator=g)
     source, target = torch.rand(2, PIECES, COPIED, generator=g)
     piece = itertools.cycle(range(PIECES))
-    with patch.object(bench_engine, "STEPS", 1):
-        seeds = {count: bench_engine._epoch(int(count), "cpu") for count in ("1", "10")}
+    with patch.object(bench, "STEPS", 1):
+        seeds = {count: bench.epoch(int(count), "cpu") for count in ("1", "10")}
     arms = {
         "product": lambda: u @ v,
         "small product": lambda: x @ W.T,
