@@ -35,7 +35,7 @@ def _device(text: str) -> str:
     try:
         if torch.device(text).type not in ("cpu", "cuda"):
             raise RuntimeError("only cpu and cuda are supported")
-        torch.zeros(1, device=text).item()
+        torch.zeros(1, device=text)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise argparse.ArgumentTypeError(f"no device {text!r} here: {reason}") from error
@@ -44,10 +44,9 @@ def _device(text: str) -> str:
 
 def _duration(text: str) -> float:
     """'9m', '90s', '1.5h' as seconds."""
-    units = {"s": 1, "m": 60, "h": 3600}
     try:
-        seconds = float(text[:-1]) * units[text[-1]]
-    except (ValueError, KeyError, IndexError):
+        seconds = float(text[:-1]) * {"s": 1, "m": 60, "h": 3600}[text[-1]]
+    except (ValueError, LookupError):
         seconds = 0.0
     if not 0 < seconds < math.inf:
         raise argparse.ArgumentTypeError(f"a time must look like 90s, 9m or 1.5h; got {text!r}")
@@ -57,14 +56,18 @@ def _duration(text: str) -> float:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="bpfree", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    names = dict(metavar="NAME", help="recipes, as `bpfree list` names them")
-    folder = dict(metavar="DIR", help="folder of the results (default: figures/results)")
+    names, device, folder = (argparse.ArgumentParser(add_help=False) for _ in range(3))
+    names.add_argument("names", nargs="*", metavar="NAME", help="recipes, as `bpfree list` says")
+    device.add_argument("--device", type=_device, default="cpu", help="cpu or cuda (default: cpu)")
+    folder.add_argument("--results", metavar="DIR", help="default: figures/results")
 
-    show = commands.add_parser("list", help="the recipes, and which are recorded")
-    show.add_argument("--results", **folder)
+    def command(name: str, does: str, *parents: argparse.ArgumentParser) -> argparse.ArgumentParser:
+        return commands.add_parser(name, help=does, parents=[*parents, folder])
 
-    run = commands.add_parser("run", help="train what is not recorded yet, and record it")
-    run.add_argument("names", nargs="*", **names)
+    command("list", "the recipes, and which are recorded")
+    command("report", "the table of the paper's numbers and ours", names)
+    command("bench", "step times and memory of each rule beside autograd", device)
+    run = command("run", "train what is not recorded yet, and record it", names, device)
     run.add_argument("--all", action="store_true", help="every recipe, by priority")
     run.add_argument(
         "--budget", type=_duration, metavar="TIME",
@@ -72,30 +75,19 @@ def _parser() -> argparse.ArgumentParser:
         " same command goes on from there",
     )  # fmt: skip
     run.add_argument("--seeds", type=_seeds, help="0:3, 5 or 0,4 (default: the recipe's)")
-    run.add_argument("--device", type=_device, default="cpu", help="cpu or cuda (default: cpu)")
     run.add_argument("--precision", choices=PRECISIONS, default="float32")
     run.add_argument("--compile", action="store_true", help="torch.compile the step: for long runs")
     run.add_argument("--data", metavar="DIR", help="folder of the data sets (else BPFREE_DATA)")
-    run.add_argument("--results", **folder)
     run.add_argument("--quiet", action="store_true", help="no progress bar")
-
-    time = commands.add_parser("bench", help="step times and memory of each rule beside autograd")
-    time.add_argument("--device", type=_device, default="cpu", help="cpu or cuda (default: cpu)")
-    time.add_argument("--results", **folder)
-
-    report = commands.add_parser("report", help="the table of the paper's numbers and ours")
-    report.add_argument("names", nargs="*", **names)
-    report.add_argument("--results", **folder)
     return parser
 
 
 def _list(args: argparse.Namespace) -> None:
     width = max(map(len, recipes.RECIPES))
     for name, recipe in recipes.RECIPES.items():
-        done = []
-        if results.path(name, args.results).exists():
-            done = list(results.read(name, args.results)["runs"])
-        state = f"seeds {', '.join(done)}" if done else "not recorded"
+        found = results.path(name, args.results).exists()
+        done = ", ".join(results.read(name, args.results)["runs"]) if found else ""
+        state = f"seeds {done}" if done else "not recorded"
         print(f"{name:{width}}  {recipe.epochs:4d} epochs  {state}")
 
 
@@ -120,21 +112,19 @@ def _run(args: argparse.Namespace) -> None:
         print(f"{recipe.name}: {accuracy}{unit} over {len(result['runs'])} seeds", flush=True)
 
 
-def _report(args: argparse.Namespace) -> None:
-    print(results.table(args.names or list(recipes.RECIPES), args.results))
-
-
-def _bench(args: argparse.Namespace) -> None:
-    print(bench.table(bench.run(args.device, args.results)))
-
-
 def main(argv: list[str] | None = None) -> int:
     """Entry point. Exit status 2: a mistake or a full disk, told in one line; 3: out of time."""
     args = _parser().parse_args(argv)
     keep_freed_memory()
     try:
-        commands = {"list": _list, "run": _run, "bench": _bench, "report": _report}
-        commands[args.command](args)
+        if args.command == "list":
+            _list(args)
+        elif args.command == "run":
+            _run(args)
+        elif args.command == "bench":
+            print(bench.table(bench.run(args.device, args.results)))
+        else:
+            print(results.table(args.names or list(recipes.RECIPES), args.results))
         sys.stdout.flush()
     except OutOfTime as error:
         print(f"bpfree: {error}; the same command goes on from there", file=sys.stderr)
@@ -144,7 +134,6 @@ def main(argv: list[str] | None = None) -> int:
         return 130
     except BrokenPipeError:  # whoever read our output, `head` say, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
     except (ValueError, OSError) as error:
         print(f"bpfree: {error}", file=sys.stderr)
         return 2

@@ -23,11 +23,7 @@ TORCHVISION = {
 NAMES = ("digits", *TORCHVISION)
 
 # torchvision knows the checksums of the archives only; these are of the IDX files inside, which it
-# reads unchecked
-_IDX_FILES = (
-    "train-images-idx3-ubyte", "train-labels-idx1-ubyte",
-    "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte",
-)  # fmt: skip
+# reads unchecked, in the order of its ``resources``
 _IDX_MD5 = {
     "MNIST": (
         "6bbc9ace898e44ae57da46a324031adb", "a25bea736e30d166cdddb491f175f624",
@@ -154,10 +150,10 @@ def _images(data: Tensor | np.ndarray) -> Tensor:
     """(N, channels, height, width) from what torchvision's classes hold."""
     x = torch.as_tensor(data)
     if x.dim() == 3:  # MNIST: (N, H, W)
-        return x[:, None].contiguous()
-    if x.shape[-1] == 3:  # CIFAR: (N, H, W, C); SVHN has its channels in front already
-        return x.permute(0, 3, 1, 2).contiguous()
-    return x
+        x = x[:, None]
+    elif x.shape[-1] == 3:  # CIFAR: (N, H, W, C); SVHN has its channels in front already
+        x = x.permute(0, 3, 1, 2)
+    return x.contiguous()
 
 
 def _check_files(name: str, dataset: type, root: Path) -> None:
@@ -165,16 +161,14 @@ def _check_files(name: str, dataset: type, root: Path) -> None:
     from torchvision.datasets.utils import check_integrity
 
     if name == "svhn":
-        lists = [dataset.split_list[split] for split in ("train", "test")]
-        files = [(root / file, md5) for _, file, md5 in lists]
+        files = [(root / f, md5) for _, f, md5 in map(dataset.split_list.get, ("train", "test"))]
     elif name.startswith("cifar"):
         meta = (dataset.meta["filename"], dataset.meta["md5"])
         lists = [*dataset.train_list, *dataset.test_list, meta]
         files = [(root / dataset.base_folder / file, md5) for file, md5 in lists]
     else:
-        folder = root / dataset.__name__ / "raw"
-        md5s = _IDX_MD5[dataset.__name__]
-        files = [(folder / file, md5) for file, md5 in zip(_IDX_FILES, md5s, strict=True)]
+        raw = [root / dataset.__name__ / "raw" / Path(file).stem for file, _ in dataset.resources]
+        files = zip(raw, _IDX_MD5[dataset.__name__], strict=True)
     fetch = f"python -c \"import bpfree; bpfree.load('{name}', root='{root}', download=True)\""
     for path, md5 in files:
         if not path.is_file():

@@ -5,14 +5,15 @@
 
 from __future__ import annotations
 
-import dataclasses
+import difflib
 import math
-from functools import partial
+from collections.abc import Iterator
+from dataclasses import replace
 
 from .recipe import Recipe
 
 
-def _mnist_fc() -> list[Recipe]:
+def _mnist_fc() -> Iterator[Recipe]:
     """Chapter 2: one hidden layer of 1,024 units on MNIST, each rule with its tuned rate.
 
     Rates, and DRTP's feedback scale, are the best of the grid in figures/tuning.py on a validation
@@ -22,46 +23,38 @@ def _mnist_fc() -> list[Recipe]:
     # the root mean square of He's weights, so that the signal keeps its size
     he = round(math.sqrt(2 / 1024), 4)
     arms = {
-        "bp": ("Backprop", {}, "relu", 0.1, 0.0),
-        "fa": ("FeedbackAlignment", {}, "relu", 0.03, 0.0),
-        "sign-symmetry": ("SignSymmetry", {"scale": he}, "relu", 0.1, 0.0),
-        "kolen-pollack": ("KolenPollack", {}, "relu", 0.03, 1e-4),
-        "dfa": ("DirectFeedbackAlignment", {}, "relu", 0.03, 0.0),
-        "drtp-relu": ("DRTP", {"feedback_scale": 0.001}, "relu", 0.03, 0.0),
-        "frozen": ("Frozen", {}, "relu", 0.1, 0.0),
-        "fa-shuffled": ("ShuffledFeedbackAlignment", {}, "relu", 0.003, 0.0),
-        "bp-tanh": ("Backprop", {}, "tanh", 0.1, 0.0),
-        "drtp": ("DRTP", {"feedback_scale": 1.0}, "tanh", 1.0, 0.0),
-        "frozen-tanh": ("Frozen", {}, "tanh", 0.03, 0.0),
+        "bp": ("Backprop", {}, "relu", 0.1),
+        "fa": ("FeedbackAlignment", {}, "relu", 0.03),
+        "sign-symmetry": ("SignSymmetry", {"scale": he}, "relu", 0.1),
+        "kolen-pollack": ("KolenPollack", {}, "relu", 0.03),
+        "dfa": ("DirectFeedbackAlignment", {}, "relu", 0.03),
+        "drtp-relu": ("DRTP", {"feedback_scale": 0.001}, "relu", 0.03),
+        "frozen": ("Frozen", {}, "relu", 0.1),
+        "fa-shuffled": ("ShuffledFeedbackAlignment", {}, "relu", 0.003),
+        "bp-tanh": ("Backprop", {}, "tanh", 0.1),
+        "drtp": ("DRTP", {"feedback_scale": 1.0}, "tanh", 1.0),
+        "frozen-tanh": ("Frozen", {}, "tanh", 0.03),
     }
-    return [
-        Recipe(
-            name=f"mnist-fc-{arm}",
-            data="mnist",
-            network=("mlp", (784, 1024, 10), {"activation": activation}),
-            rule=rule,
-            options=options,
-            epochs=30,
-            lr=lr,
-            weight_decay=weight_decay,
-            milestones=(20, 27),
-        )
-        for arm, (rule, options, activation, lr, weight_decay) in arms.items()
-    ]
+    for arm, (rule, options, activation, lr) in arms.items():
+        yield Recipe(
+            f"mnist-fc-{arm}", "mnist", ("mlp", (784, 1024, 10), {"activation": activation}),
+            rule, options, epochs=30, lr=lr, milestones=(20, 27),
+            weight_decay=1e-4 if arm == "kolen-pollack" else 0.0,
+        )  # fmt: skip
 
 
 # test accuracy (%), mean and spread, of the paper's Table 1; FA and DRTP could not be verified
 _PEPITA_TABLE_1 = {
-    ("fc", "mnist"): {"bp": "98.63 ± 0.03", "pepita": "98.01 ± 0.09"},
-    ("fc", "cifar10"): {"bp": "55.27 ± 0.32", "pepita": "52.57 ± 0.36"},
-    ("fc", "cifar100"): {"bp": "27.58 ± 0.09", "pepita": "24.91 ± 0.22"},
-    ("conv", "mnist"): {"bp": "98.86 ± 0.04", "pepita": "98.29 ± 0.13"},
-    ("conv", "cifar10"): {"bp": "64.99 ± 0.32", "pepita": "56.33 ± 1.35"},
-    ("conv", "cifar100"): {"bp": "34.20 ± 0.20", "pepita": "27.56 ± 0.60"},
+    "pepita-fc-mnist": {"bp": "98.63 ± 0.03", "pepita": "98.01 ± 0.09"},
+    "pepita-fc-cifar10": {"bp": "55.27 ± 0.32", "pepita": "52.57 ± 0.36"},
+    "pepita-fc-cifar100": {"bp": "27.58 ± 0.09", "pepita": "24.91 ± 0.22"},
+    "pepita-conv-mnist": {"bp": "98.86 ± 0.04", "pepita": "98.29 ± 0.13"},
+    "pepita-conv-cifar10": {"bp": "64.99 ± 0.32", "pepita": "56.33 ± 1.35"},
+    "pepita-conv-cifar100": {"bp": "34.20 ± 0.20", "pepita": "27.56 ± 0.60"},
 }
 
 
-def _pepita_table_1() -> list[Recipe]:
+def _pepita_table_1() -> Iterator[Recipe]:
     """Chapter 3: Table 1 of arXiv 2201.11665, with the paper's settings.
 
     The settings of its DRTP row are not known to us; as in chapter 2 it has tanh. Frozen hidden
@@ -77,66 +70,57 @@ def _pepita_table_1() -> list[Recipe]:
         "released": ("PEPITA", {"conv_scaling": "released", "output_error": "first"}, "relu"),
         "summed": ("PEPITA", {"conv_scaling": "sum"}, "relu"),
     }
-    cells = []
-    for data, shape, classes in (
-        ("mnist", (1, 28, 28), 10), ("cifar10", (3, 32, 32), 10), ("cifar100", (3, 32, 32), 100),
-    ):  # fmt: skip
+    ours, theirs = ("frozen", "released", "summed"), "arXiv 2201.11665, Table 1"
+    images = {
+        "mnist": ((1, 28, 28), 10),
+        "cifar10": ((3, 32, 32), 10),
+        "cifar100": ((3, 32, 32), 100),
+    }
+    for data, (shape, classes) in images.items():
+        sizes = (math.prod(shape), 1024, classes)
+        conv = dict(num_classes=classes, kernel_size=5, padding=0, init="torch")
+        networks = {
+            f"pepita-fc-{data}": (
+                "mlp", sizes, {"dropout": 0.1},
+                dict(lr=0.1 if data == "mnist" else 0.01, batch_size=64, milestones=(60, 90)),
+            ),
+            f"pepita-conv-{data}": (
+                "convnet", (shape, (32,)), conv,
+                dict(lr=0.01, batch_size=50, milestones=(10, 30, 60)),
+            ),
+        }  # fmt: skip
         for arm, (rule, options, activation) in arms.items():
-            sizes = (math.prod(shape), 1024, classes)
-            conv_only = arm in ("released", "summed")
-            fc = dict(activation=activation, dropout=0.1)
-            conv = dict(num_classes=classes, kernel_size=5, padding=0, init="torch")
-            common = dict(
-                data=data, rule=rule, options=options, epochs=100, seeds=(0, 1, 2, 3, 4),
-                source="this book" if conv_only or arm == "frozen" else "arXiv 2201.11665, Table 1",
-            )  # fmt: skip
-            if not conv_only:
-                cells.append(
-                    Recipe(
-                        name=f"pepita-fc-{data}-{arm}", network=("mlp", sizes, fc),
-                        lr=0.1 if data == "mnist" else 0.01, batch_size=64, milestones=(60, 90),
-                        paper=_PEPITA_TABLE_1["fc", data].get(arm), **common,
-                    )
+            for name, (kind, args, keywords, settings) in networks.items():
+                if kind == "mlp" and rule == "PEPITA" and options:
+                    continue  # an option of convolutions
+                yield Recipe(
+                    f"{name}-{arm}", data, (kind, args, {"activation": activation, **keywords}),
+                    rule, options, epochs=100, seeds=(0, 1, 2, 3, 4),
+                    source="this book" if arm in ours else theirs,
+                    paper=_PEPITA_TABLE_1[name].get(arm), **settings,
                 )  # fmt: skip
-            cells.append(
-                Recipe(
-                    name=f"pepita-conv-{data}-{arm}",
-                    network=("convnet", (shape, (32,)), {"activation": activation, **conv}),
-                    lr=0.01, batch_size=50, milestones=(10, 30, 60),
-                    paper=_PEPITA_TABLE_1["conv", data].get(arm), **common,
-                )
-            )  # fmt: skip
-    return cells
 
 
-def _pepita_follow_up(table: list[Recipe]) -> list[Recipe]:
-    """Chapter 3: mirroring, without weight decay and with it, and three hidden layers; otherwise
-    as in Table 1.
+def _pepita_follow_up(table: list[Recipe]) -> Iterator[Recipe]:
+    """Chapter 3: mirroring, and three hidden layers, otherwise as in Table 1.
 
-    The follow-up decays its weights; how much, and its other settings, are not known to us.
+    The follow-up's own settings are not known to us.
     """
-    cells = []
     for base in (r for r in table if r.rule == "PEPITA" and r.network[0] == "mlp"):
         kind, (n_in, width, classes), keywords = base.network
-        new = partial(dataclasses.replace, base, source="arXiv 2302.05440", paper=None)
-        mirrored = new(name=f"{base.name}-mirrored", options={"mirroring": 20})
-        cells.append(mirrored)
-        cells.append(
-            dataclasses.replace(mirrored, name=f"{mirrored.name}-decay", weight_decay=1e-3)
-        )
+        new = replace(base, source="arXiv 2302.05440", paper=None)
+        yield replace(new, name=f"{base.name}-mirrored", options={"mirroring": 20})
         deep = (kind, (n_in, width, width, width, classes), keywords)
-        cells.append(new(name=f"{base.name}-3-hidden", network=deep))
-    return cells
+        yield replace(new, name=f"{base.name}-3-hidden", network=deep)
 
 
-def _pepita_rate(table: list[Recipe]) -> list[Recipe]:
+def _pepita_rate(table: list[Recipe]) -> Iterator[Recipe]:
     """Chapter 3: the convolutional cells of MNIST at the rate of its fully connected ones.
 
     The paper's rate for these cells is not known to us; 0.01 is the released script's.
     """
-    arms = [r for r in table if r.name.startswith("pepita-conv-mnist-")]
-    change = partial(dataclasses.replace, lr=0.1, source="this book", paper=None)
-    return [change(r, name=f"{r.name}-rate-0.1") for r in arms]
+    for r in (r for r in table if r.name.startswith("pepita-conv-mnist-")):
+        yield replace(r, name=f"{r.name}-rate-0.1", lr=0.1, source="this book", paper=None)
 
 
 # every peculiarity of the released example, whose conv blocks send their pre-activations up
@@ -146,7 +130,7 @@ _RELEASED = dict(
 )  # fmt: skip
 
 
-def _ekdaa() -> list[Recipe]:
+def _ekdaa() -> Iterator[Recipe]:
     """Chapter 4: the data sets of arXiv 2206.01820, on two networks without bias.
 
     The convolutional one has the settings of the released CIFAR-10 example, whose learning rate of
@@ -172,76 +156,55 @@ def _ekdaa() -> list[Recipe]:
     }
     released = {"released": ("EKDAA", _RELEASED, "tanh", None)}
     channels, pools = (64, 64, 64, 128, 128, 128), (1, 2, 1, 2, 1, 2)
-    cells = []
-    for data, shape in (
-        ("fashion-mnist", (1, 28, 28)), ("cifar10", (3, 32, 32)), ("svhn", (3, 32, 32)),
-    ):  # fmt: skip
-        common = dict(data=data, momentum=0.85, batch_size=50, shift=-0.5)
+    images = {"fashion-mnist": (1, 28, 28), "cifar10": (3, 32, 32), "svhn": (3, 32, 32)}
+    for data, shape in images.items():
+        common = dict(momentum=0.85, batch_size=50, shift=-0.5)
         for arm, (rule, options, activation, lr) in {**arms, **shallow}.items():
-            hidden = (512,) if arm in shallow else (512, 512)
-            net = dict(activation=activation, init="glorot")
-            cells.append(
-                Recipe(
-                    name=f"ekdaa-fc-{data}-{arm}", rule=rule, options=options, epochs=30, lr=lr,
-                    network=("mlp", (math.prod(shape), *hidden, 10), net), milestones=(20, 27),
-                    **common,
-                )
+            sizes = (math.prod(shape), *[512] * (1 if arm in shallow else 2), 10)
+            yield Recipe(
+                f"ekdaa-fc-{data}-{arm}", data,
+                ("mlp", sizes, dict(activation=activation, init="glorot")),
+                rule, options, epochs=30, lr=lr, milestones=(20, 27), **common,
             )  # fmt: skip
         for arm, (rule, options, activation, _) in {**arms, **released}.items():
             net = dict(num_classes=10, pool=pools, activation=activation, init="glorot")
-            if arm in released:
-                net["trunk"] = "identity"
-            cells.append(
-                Recipe(
-                    name=f"ekdaa-cnn-{data}-{arm}", rule=rule, options=options, epochs=500,
-                    network=("convnet", (shape, channels, (128,)), net), lr=0.001 * 50,
-                    source="this book" if rule == "Frozen" else "arXiv 2206.01820", **common,
-                )
+            net |= {"trunk": "identity"} if arm in released else {}
+            yield Recipe(
+                f"ekdaa-cnn-{data}-{arm}", data, ("convnet", (shape, channels, (128,)), net),
+                rule, options, epochs=500, lr=0.001 * 50,
+                source="this book" if rule == "Frozen" else "arXiv 2206.01820", **common,
             )  # fmt: skip
-    return sorted(cells, key=lambda recipe: recipe.epochs)  # those of minutes before those of hours
 
 
-def _ekdaa_narrow(cells: list[Recipe]) -> list[Recipe]:
+def _ekdaa_narrow(cells: list[Recipe]) -> Iterator[Recipe]:
     """Chapter 4: the convolutional network a quarter as wide, for ten epochs: what a CPU can train.
 
-    Rates, and the signum's beta, are the best of the grid in figures/tuning.py.
+    Rates are the best of the grid in figures/tuning.py, and so is the signum's beta.
     """
-    chosen = {
-        "ekdaa": (0.1, {}),
-        "ekdaa-sign": (0.01, {"beta": 0.1}),
-        "bp": (0.1, {}),
-        "frozen": (0.03, {}),
-        "frozen-sign": (0.01, {}),
-    }
-    narrow = []
-    for arm, (lr, options) in chosen.items():
-        base = next(r for r in cells if r.name == f"ekdaa-cnn-fashion-mnist-{arm}")
-        kind, (shape, channels, hidden), keywords = base.network
-        widths = [tuple(n // 4 for n in full) for full in (channels, hidden)]
-        narrow.append(
-            dataclasses.replace(
-                base, name=f"ekdaa-narrow-fashion-mnist-{arm}", lr=lr, epochs=10, milestones=(7, 9),
-                options={**base.options, **options}, source="this book",
-                network=(kind, (shape, *widths), keywords),
-            )
+    rates = {"ekdaa": 0.1, "ekdaa-sign": 0.03, "bp": 0.03, "frozen": 0.03, "frozen-sign": 0.01}
+    bases = {r.name.removeprefix("ekdaa-cnn-fashion-mnist-"): r for r in cells}
+    for arm, lr in rates.items():
+        kind, (shape, *full), keywords = bases[arm].network
+        widths = [tuple(n // 4 for n in layers) for layers in full]
+        yield replace(
+            bases[arm], name=f"ekdaa-narrow-fashion-mnist-{arm}", lr=lr, epochs=10,
+            milestones=(7, 9), network=(kind, (shape, *widths), keywords), source="this book",
         )  # fmt: skip
-    return narrow
 
 
-_TABLE_1 = _pepita_table_1()
-_AROUND = (*_pepita_rate(_TABLE_1), *_pepita_follow_up(_TABLE_1))
-_EKDAA = _ekdaa()
+_TABLE_1 = list(_pepita_table_1())
+_EKDAA = sorted(_ekdaa(), key=lambda r: r.epochs)  # those of minutes before those of hours
 # by priority: `bpfree run --all` works through them in this order
 RECIPES: dict[str, Recipe] = {
-    r.name: r for r in (*_mnist_fc(), *_TABLE_1, *_AROUND, *_ekdaa_narrow(_EKDAA), *_EKDAA)
-}
+    r.name: r
+    for r in (*_mnist_fc(), *_TABLE_1, *_pepita_rate(_TABLE_1), *_pepita_follow_up(_TABLE_1),
+              *_ekdaa_narrow(_EKDAA), *_EKDAA)
+}  # fmt: skip
 
 
 def get(name: str) -> Recipe:
     """The recipe of that name; ValueError, naming those nearest, if there is none."""
     if name not in RECIPES:
-        import difflib
-
-        near = difflib.get_close_matches(name, RECIPES, n=3, cutoff=0.4) or list(RECIPES)
-        raise ValueError(f"unknown recipe {name!r}; did you mean {', '.join(near)}? (bpfree list)")
+        near = ", ".join(difflib.get_close_matches(name, RECIPES, cutoff=0))
+        raise ValueError(f"unknown recipe {name!r}; did you mean {near}? (bpfree list)")
     return RECIPES[name]

@@ -44,20 +44,15 @@ def read(name: str, folder: str | os.PathLike | None = None) -> dict:
         raise FileNotFoundError(f"{name} is not recorded; record it with: bpfree run {name}")
     try:
         result = json.loads(file.read_text())
-        found, epochs = result["format"], result["recipe"]["epochs"]
-        whole = all(
-            KEYS <= run.keys() and len(run["test_accuracy"]) == epochs
-            for run in result["runs"].values()
-        )
-        its = result["recipe"]["name"]
+        its, found, runs = result["recipe"], result["format"], result["runs"].values()
+        if found != FORMAT:
+            raise ValueError(f"expected {FORMAT!r}, got {found!r}")
+        if not all(KEYS <= r.keys() and len(r["test_accuracy"]) == its["epochs"] for r in runs):
+            raise ValueError("a run is incomplete")
+        if its["name"] != name:
+            raise ValueError(f"it holds the recipe {its['name']!r}, not {name!r}")
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise ValueError(f"{file} is not a result of bpfree: {error!r}") from error
-    if found != FORMAT:
-        raise ValueError(f"{file} is not a result of bpfree: expected {FORMAT!r}, got {found!r}")
-    if not whole:
-        raise ValueError(f"{file} is not a result of bpfree: a run is incomplete")
-    if its != name:
-        raise ValueError(f"{file} holds the recipe {its!r}, not {name!r}")
     return result
 
 
@@ -92,27 +87,26 @@ def record(
         OutOfTime: if ``deadline`` (``time.monotonic()``) comes first.
         OSError: if the disk is full; what was recorded before stays.
     """
-    optional = [f for f in dataclasses.fields(recipe) if f.default is not dataclasses.MISSING]
-    both = dataclasses.asdict(recipe), {f.name: f.default for f in optional}
-    settings, defaults = json.loads(json.dumps(both))  # tuples as the file gives them back
+    both = dataclasses.asdict(recipe), {f.name: f.default for f in dataclasses.fields(recipe)}
+    # tuples as the file gives them back; a field without a default has none of ours
+    settings, defaults = json.loads(json.dumps(both, default=lambda missing: None))
     file = path(recipe.name, folder)
     result = {"format": FORMAT, "recipe": settings, "data_checksum": None, "runs": {}}
     if file.exists():
         result = read(recipe.name, folder)
         # a field that did not exist when the file was recorded had its default's effect
-        theirs = {**defaults, **result["recipe"]}
-        decisive = settings.keys() - {"seeds", "source", "paper"}
-        changed = [k for k in settings if k in decisive and settings[k] != theirs.get(k)]
+        was = {**defaults, **result["recipe"]}
+        free = {"seeds", "source", "paper"}  # they decide no number
+        changed = [k for k, now in settings.items() if k not in free and now != was[k]]
         if changed:
-            was = ", ".join(f"{k}={theirs.get(k)!r} (now {settings[k]!r})" for k in changed)
-            raise ValueError(f"{file} was recorded with {was}; move it away to record anew")
+            said = ", ".join(f"{k}={was[k]!r} (now {settings[k]!r})" for k in changed)
+            raise ValueError(f"{file} was recorded with {said}; move it away to record anew")
         result["recipe"] = settings
     for seed in result["runs"]:  # of a kill between the record and the removal of its checkpoint
         file.with_name(f"{recipe.name}.{seed}.ckpt").unlink(missing_ok=True)
     missing = [seed for seed in seeds if str(seed) not in result["runs"]]
     if not missing:
         return result
-    file.parent.mkdir(parents=True, exist_ok=True)
     data = recipe.load(data_root)
     if result["data_checksum"] not in (None, data.checksum):
         raise ValueError(f"{file} was recorded on other data than {recipe.data} in {data_root}")
