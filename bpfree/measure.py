@@ -1,18 +1,17 @@
-"""What is measured: how close a rule is to backprop, what memory it takes, what fools a network."""
+"""What is measured: how close a rule is to backprop, and what memory it takes."""
 
 from __future__ import annotations
 
-import math
 import weakref
 from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from .block import Tensors
 from .rule import Rule, check_batch
 from .rules.backprop import Backprop
 
@@ -33,11 +32,7 @@ def angle(u: Tensor, v: Tensor) -> Tensor:
 
 
 def alignment(
-    rule: Rule,
-    x: Tensor,
-    y: Tensor,
-    params: dict[str, Tensor] | None = None,
-    state: dict[str, Tensor] | None = None,
+    rule: Rule, x: Tensor, y: Tensor, params: Tensors | None = None, state: Tensors | None = None
 ) -> Alignment:
     """Angle and relative norm of a rule's update against backprop's, without dropout.
 
@@ -49,8 +44,7 @@ def alignment(
     """
     if params is None:
         check_batch(rule.net, x, y)
-    params = rule.params() if params is None else params
-    state = rule.state() if state is None else state
+        params, state = rule.params(), rule.state()
     y, weights = y.long(), {n: params[n] for n, _ in rule.net.named_parameters()}
     ours = rule.update(params, state, x, y, masks={}).grads
     theirs = Backprop(rule.net).update(weights, {}, x, y, masks={}).grads
@@ -59,34 +53,6 @@ def alignment(
         torch.stack([angle(ours[n], theirs[n]) for n in names]),
         torch.stack([ours[n].double().norm() / theirs[n].double().norm() for n in names]),
     )
-
-
-@torch.enable_grad()
-def fgsm(
-    net: nn.Module, x: Tensor, y: Tensor, epsilon: float, bounds: tuple[float, float] = (0.0, 1.0)
-) -> Tensor:
-    """Adversarial examples by the fast gradient sign method (Goodfellow et al. 2015, 1412.6572).
-
-        x + epsilon * sign(d loss / d x), clipped to the range of inputs
-
-    They are made by autograd, whatever rule has trained the network. A network whose activation
-    has no derivative gives x back: attack it with another network's examples.
-
-    Args:
-        net: any module that gives logits (B, C). x, y: a batch as for ``Rule.backward``.
-        epsilon: >= 0, in the units of x. bounds: smallest and largest input.
-
-    Raises:
-        ValueError: for epsilon out of range, or x out of bounds.
-    """
-    if not (math.isfinite(epsilon) and epsilon >= 0):
-        raise ValueError(f"epsilon must be a finite number >= 0, got {epsilon}")
-    low, high = bounds
-    if not (x.min() >= low and x.max() <= high):
-        raise ValueError(f"x must be in {bounds}, got {float(x.min()):.4g}..{float(x.max()):.4g}")
-    x = x.detach().requires_grad_()
-    (slope,) = torch.autograd.grad(F.cross_entropy(net(x), y.long()), x)
-    return (x + epsilon * slope.sign()).clamp(low, high).detach()
 
 
 class _Ledger(TorchDispatchMode):

@@ -11,12 +11,14 @@ recorded yet are recorded on the way.
 from __future__ import annotations
 
 import json
+import math
 import sys
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bpfree import measure, recipes, results
+from bpfree import recipes, results
 from bpfree.data import Data
 from bpfree.device import keep_freed_memory
 from bpfree.recipe import Recipe
@@ -34,6 +36,27 @@ def trained(recipe: Recipe, seed: int, data: Data, folder: str | None = None) ->
     return run.rules[0].net.eval()
 
 
+@torch.enable_grad()
+def fgsm(
+    net: nn.Module, x: Tensor, y: Tensor, epsilon: float, bounds: tuple[float, float] = (0.0, 1.0)
+) -> Tensor:
+    """Adversarial examples by the fast gradient sign method (Goodfellow et al. 2015, 1412.6572).
+
+        x + epsilon * sign(d loss / d x), clipped to the range of inputs
+
+    They are made by autograd, whatever rule has trained the network. A network whose activation
+    has no derivative gives x back: attack it with another network's examples.
+    """
+    if not (math.isfinite(epsilon) and epsilon >= 0):
+        raise ValueError(f"epsilon must be a finite number >= 0, got {epsilon}")
+    low, high = bounds
+    if not (x.min() >= low and x.max() <= high):
+        raise ValueError(f"x must be in {bounds}, got {float(x.min()):.4g}..{float(x.max()):.4g}")
+    x = x.detach().requires_grad_()
+    (slope,) = torch.autograd.grad(F.cross_entropy(net(x), y.long()), x)
+    return (x + epsilon * slope.sign()).clamp(low, high).detach()
+
+
 @torch.no_grad()
 def accuracy(net: nn.Module, x: Tensor, y: Tensor) -> float:
     return round(100 * (net(x).argmax(1) == y).double().mean().item(), 2)
@@ -45,7 +68,7 @@ def shown(attacker: nn.Module, data: Data) -> dict[str, list[Tensor]]:
     bounds = (data.shift, 1 + data.shift)
     signs = torch.randint(2, x.shape, generator=torch.Generator().manual_seed(ATTACKER)) * 2 - 1
     return {
-        "attack": [measure.fgsm(attacker, x, y, level / 255, bounds) for level in LEVELS],
+        "attack": [fgsm(attacker, x, y, level / 255, bounds) for level in LEVELS],
         "noise": [(x + level / 255 * signs).clamp(*bounds) for level in LEVELS],
     }
 

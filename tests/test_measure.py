@@ -1,6 +1,7 @@
 """Angles and norms against backprop; memory."""
 
 import math
+import sys
 from functools import partial
 
 import pytest
@@ -23,8 +24,12 @@ from bpfree import (
     FeedbackAlignment,
     Frozen,
     alignment,
+    results,
 )
-from bpfree.measure import angle, fgsm, peak_memory
+from bpfree.measure import angle, peak_memory
+
+sys.path.insert(0, str(results.ROOT / "figures"))
+from robustness import fgsm  # noqa: E402
 
 ONE, OTHER = torch.tensor([1.0, 0.0]), torch.tensor([0.0, 1.0])
 
