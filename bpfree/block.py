@@ -18,6 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+Tensors = dict[str, Tensor]  # by name
+Masks = dict[int, Tensor]  # dropout masks of the blocks l that have one
+Activation = str | Callable[[Tensor], Tensor]  # a name in ACTIVATIONS, or the function itself
 aten = torch.ops.aten
 
 # name -> (f, (v, f(a)) -> v * f'(a)); the derivatives that need no autograd
@@ -47,17 +50,15 @@ def example(linear: nn.Linear | nn.Conv2d) -> Tensor:
     return torch.linspace(-2, 2, math.prod(shape)).reshape(shape)
 
 
-def _check_function(f: Callable[[Tensor], Tensor], a: Tensor) -> None:
+def check_function(name: str, f: Callable[[Tensor], Tensor], a: Tensor) -> None:
     """Raise unless f maps a to a tensor of its shape, each time the same, and leaves it alone."""
-    z = f(a.clone())
+    z = f(given := a.clone())
+    if not torch.equal(given, a):  # rules read a_l after it
+        raise ValueError(f"{name} must not work in place, got {f}")
     if not isinstance(z, Tensor) or z.shape != a.shape:
-        raise ValueError(f"activation must give a tensor of its input's shape, got {f}")
-    before = a.clone()
-    same = torch.allclose(f(a), z, equal_nan=True)
-    if not torch.equal(a, before):  # rules read a_l after it
-        raise ValueError(f"activation must not work in place, got {f}")
-    if not same:
-        raise ValueError(f"activation must depend on its input alone, got {f}")
+        raise ValueError(f"{name} must give a tensor of its input's shape, got {f}")
+    if not torch.allclose(f(a), z, equal_nan=True):
+        raise ValueError(f"{name} must depend on its input alone, got {f}")
 
 
 class Trace(NamedTuple):
@@ -87,7 +88,7 @@ class Block(nn.Module):
     def __init__(
         self,
         linear: nn.Linear | nn.Conv2d,
-        activation: str | Callable[[Tensor], Tensor] = "relu",
+        activation: Activation = "relu",
         pool: nn.Module | None = None,
         dropout: float = 0.0,
     ):
@@ -104,7 +105,7 @@ class Block(nn.Module):
         elif isinstance(activation, nn.Module) and activation.state_dict():
             raise ValueError(f"activation must have no parameters or buffers, got {activation}")
         else:
-            _check_function(activation, example(linear))
+            check_function("activation", activation, example(linear))
         if pool is not None and type(pool) not in POOLS:
             names = ", ".join(p.__name__ for p in POOLS)
             raise TypeError(f"pool must be one of torch.nn's {names}, or None, got {pool!r}")
@@ -213,7 +214,7 @@ class Block(nn.Module):
             return torch.nn.grad.conv2d_input(like.shape, weight, delta, **self._geometry())
         return (delta @ weight.to(delta.dtype)).reshape(like.shape)
 
-    def outer(self, delta: Tensor, r: Tensor, scale: float = 1.0) -> dict[str, Tensor]:
+    def outer(self, delta: Tensor, r: Tensor, scale: float = 1.0) -> Tensors:
         """scale * delta^T r, summed over batch and positions; keyed like the linear map's
         parameters."""
         r = r.to(delta.dtype)

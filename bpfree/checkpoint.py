@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import numbers
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -31,7 +32,8 @@ def write_atomic(file: Path, write: Callable[[BinaryIO], None]) -> None:
 
 
 def digest(tree: Any) -> str:
-    """sha256 of nested dicts, lists, tensors and plain values, bit for bit."""
+    """sha256 of nested dicts, lists, tensors and plain values, bit for bit; functions and other
+    objects count by the name of their kind."""
     sha = hashlib.sha256()
 
     def add(value: Any) -> None:
@@ -47,6 +49,9 @@ def digest(tree: Any) -> str:
             sha.update(f"{value.dtype}{tuple(value.shape)}".encode())
             sha.update(flat.view(torch.uint8).numpy().tobytes())
         else:
+            if not isinstance(value, (str, numbers.Number, type(None))):
+                named = value if hasattr(value, "__qualname__") else type(value)
+                value = f"{named.__module__}.{named.__qualname__}"
             sha.update(f"{type(value).__name__}:{value!r};".encode())
 
     add(tree)

@@ -7,9 +7,8 @@ host as long as it takes the card. So a step is recorded once, as a CUDA graph, 
 from __future__ import annotations
 
 import ctypes
-import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import torch
 from torch import Tensor
@@ -41,8 +40,8 @@ class Replay:
                 self.inputs, self.side = tree_map(torch.clone, args), torch.cuda.Stream()
             for mine, theirs in zip(tree_leaves(self.inputs), tree_leaves(args), strict=True):
                 mine.copy_(theirs)
-            if self.calls < WARM_UP:
-                self.calls += 1
+            self.calls += 1
+            if self.calls <= WARM_UP:
                 # as recording will be: not on the default stream
                 self.side.wait_stream(torch.cuda.current_stream())
                 with torch.cuda.stream(self.side):
@@ -65,21 +64,16 @@ def generator_on(device: torch.device, source: torch.Generator) -> torch.Generat
     return torch.Generator(device).manual_seed(seed)
 
 
-def keep_freed_memory() -> bool:
-    """Let the C library keep what tensors free, for the next ones; whether it could be told to.
+def keep_freed_memory() -> None:
+    """Let the C library, if it is glibc, keep what tensors free, for the next ones.
 
     By default glibc gives large blocks back to the system, which hands them out again page by page,
     each zeroed first: about a fifth of a step with large activities on a CPU (appendix). The
     setting is the whole process's, so it is for programs, not for libraries: ``bpfree`` uses it.
     """
-    if not sys.platform.startswith("linux"):
-        return False
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (OSError, AttributeError):  # another C library
-        return False
-    trim_threshold, mmap_max = -1, -4
-    return bool(mallopt(mmap_max, 0) and mallopt(trim_threshold, 2**31 - 1))
+    with suppress(OSError, AttributeError, TypeError):  # another C library
+        mallopt, trim_threshold, mmap_max = ctypes.CDLL(None).mallopt, -1, -4
+        mallopt(mmap_max, 0), mallopt(trim_threshold, 2**31 - 1)
 
 
 @contextmanager

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
+from .block import Masks, Tensors
 from .data import Data
 from .device import Replay, can_record, generator_on, precision
 from .measure import alignment
@@ -86,7 +87,7 @@ class Lockstep:
         loss, accuracy = (self.totals / steps).cpu()
         return loss, 100 * accuracy
 
-    def _advance(self, batch: Tensor, masks: dict[int, Tensor]) -> None:
+    def _advance(self, batch: Tensor, masks: Masks) -> None:
         """One step on the images (S, B) of that number; in place, and nothing asks the host."""
         inputs = self.data.inputs(self.data.train_x[batch], self.dtype)
         y = self.data.train_y[batch]
@@ -112,7 +113,7 @@ class Lockstep:
             angle, norm = self._align(self.params, self.state, x, y)
         return self._per_seed(angle), self._per_seed(norm)
 
-    def _of_seed(self, tensors: dict[str, Tensor], s: int) -> dict[str, Tensor]:
+    def _of_seed(self, tensors: Tensors, s: int) -> Tensors:
         return tensors if len(self.rules) == 1 else {k: t[s] for k, t in tensors.items()}
 
     def _per_seed(self, value: Tensor) -> Tensor:

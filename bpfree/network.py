@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
-from .block import Block, Trace, one_of
+from .block import Activation, Block, Masks, Tensors, Trace, one_of
 
 # name -> bound of the uniform distribution, from fan-in and fan-out
 INITS: dict[str, Callable[[int, int], float]] = {
@@ -95,13 +95,13 @@ class Network(nn.Sequential):
         """[W_1, ..., W_L]."""
         return [block.linear.weight for block in self]
 
-    def forward(self, x: Tensor, masks: dict[int, Tensor] | None = None) -> Tensor:
+    def forward(self, x: Tensor, masks: Masks | None = None) -> Tensor:
         """Logits (B, C). Dropout acts only through ``masks``, so a plain call is deterministic."""
         for l, block in enumerate(self, 1):
             x = block(x, (masks or {}).get(l))
         return x
 
-    def masks(self, batch: int, generator: torch.Generator | None = None) -> dict[int, Tensor]:
+    def masks(self, batch: int, generator: torch.Generator | None = None) -> Masks:
         """Fresh dropout masks {l: (B, *shape of h_l)} in training mode; {} in evaluation mode.
 
         A unit's probability is rounded to a multiple of 2^-16.
@@ -119,19 +119,13 @@ class Network(nn.Sequential):
                 masks[l] = keep.to(weight.device, weight.dtype) / (1 - block.dropout)
         return masks
 
-    def block_trace(
-        self, l: int, params: dict[str, Tensor], h: Tensor, mask: Tensor | None = None
-    ) -> Trace:
+    def block_trace(self, l: int, params: Tensors, h: Tensor, mask: Tensor | None = None) -> Trace:
         """Block l's forward pass on its input h_{l-1}, with the weights in ``params``."""
         weight, bias = params[f"{l - 1}.linear.weight"], params.get(f"{l - 1}.linear.bias")
         return self[l - 1].trace(h, weight, bias, mask)
 
     def blockwise(
-        self,
-        params: dict[str, Tensor],
-        x: Tensor,
-        masks: dict[int, Tensor],
-        first: Trace | None = None,
+        self, params: Tensors, x: Tensor, masks: Masks, first: Trace | None = None
     ) -> Iterator[Trace]:
         """A forward pass block by block; ``first`` is block 1's, where it is known already."""
         for l in range(1, len(self) + 1):
@@ -140,9 +134,7 @@ class Network(nn.Sequential):
             yield first
             x = first.h
 
-    def trace(
-        self, params: dict[str, Tensor], x: Tensor, masks: dict[int, Tensor] | None = None
-    ) -> list[Trace]:
+    def trace(self, params: Tensors, x: Tensor, masks: Masks | None = None) -> list[Trace]:
         """Every intermediate of a forward pass with the weights in ``params``."""
         return list(self.blockwise(params, x, masks or {}))
 
@@ -161,7 +153,7 @@ def _initialise(block: Block, init: str, generator: torch.Generator | None) -> B
 
 def mlp(
     *sizes: int,
-    activation: str | Callable[[Tensor], Tensor] = "relu",
+    activation: Activation = "relu",
     bias: bool = False,
     dropout: float = 0.0,
     init: str = "he",
@@ -200,8 +192,8 @@ def convnet(
     kernel_size: int = 3,
     padding: int | None = None,
     pool: int | Sequence[int] = 2,
-    activation: str | Callable[[Tensor], Tensor] = "relu",
-    trunk: str | Callable[[Tensor], Tensor] | None = None,
+    activation: Activation = "relu",
+    trunk: Activation | None = None,
     bias: bool = False,
     dropout: float = 0.0,
     init: str = "he",

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .block import Trace
+from .block import Masks, Tensors, Trace
 from .network import Network
 
 Signal = tuple[Tensor, Tensor]
@@ -28,7 +28,7 @@ class Update(NamedTuple):
 
     loss: Tensor  # mean cross-entropy of the batch, a scalar, in nats
     logits: Tensor  # (B, C)
-    grads: dict[str, Tensor]  # keyed and shaped like ``Rule.params()``
+    grads: Tensors  # keyed and shaped like ``Rule.params()``
     signals: list[Signal]  # (r_l, delta_l) for l = 1..L; [] where they were not to be kept
 
 
@@ -73,12 +73,7 @@ class Rule(nn.Module):
     # ---- what a subclass says -------------------------------------------------------------------
 
     def signals(
-        self,
-        params: dict[str, Tensor],
-        state: dict[str, Tensor],
-        trace: list[Trace],
-        error: Tensor,
-        target: Tensor,
+        self, params: Tensors, state: Tensors, trace: list[Trace], error: Tensor, target: Tensor
     ) -> Iterable[Signal]:
         """(r_l, delta_l) for l = 1..L in this order; delta_l has the shape of a_l.
 
@@ -92,22 +87,16 @@ class Rule(nn.Module):
         raise NotImplementedError
 
     def first_pass(
-        self,
-        params: dict[str, Tensor],
-        state: dict[str, Tensor],
-        x: Tensor,
-        masks: dict[int, Tensor],
-    ) -> tuple[list[Trace], dict[str, Tensor]]:
+        self, params: Tensors, state: Tensors, x: Tensor, masks: Masks
+    ) -> tuple[list[Trace], Tensors]:
         """The forward pass, and the state, to which it may add what ``signals`` needs of it."""
         return self.net.trace(params, x, masks), state
 
-    def refresh(
-        self, params: dict[str, Tensor], state: dict[str, Tensor], generator: torch.Generator
-    ) -> dict[str, Tensor]:
+    def refresh(self, params: Tensors, state: Tensors, generator: torch.Generator) -> Tensors:
         """New values of parts of the state, or {}; asked for by ``fit`` before each epoch."""
         return {}
 
-    def own_grads(self, grads: dict[str, Tensor]) -> dict[str, Tensor]:
+    def own_grads(self, grads: Tensors) -> Tensors:
         """Gradients of what the rule itself learns, from those of the weights; keys ``rule.*``.
 
         A rule with parameters of its own must override it.
@@ -116,24 +105,24 @@ class Rule(nn.Module):
 
     # ---- what the library does ------------------------------------------------------------------
 
-    def params(self) -> dict[str, Tensor]:
+    def params(self) -> Tensors:
         """Everything that learns: the network's parameters, and the rule's own as ``rule.*``."""
         own = {f"rule.{name}": p for name, p in self.named_parameters()}
         return {**dict(self.net.named_parameters()), **own}
 
-    def state(self) -> dict[str, Tensor]:
+    def state(self) -> Tensors:
         """Everything that is fixed: the rule's buffers."""
         return dict(self.named_buffers())
 
     @torch.no_grad()
     def update(
         self,
-        params: dict[str, Tensor],
-        state: dict[str, Tensor],
+        params: Tensors,
+        state: Tensors,
         x: Tensor,
         y: Tensor,
         generator: torch.Generator | None = None,
-        masks: dict[int, Tensor] | None = None,
+        masks: Masks | None = None,
         keep_signals: bool = True,
     ) -> Update:
         """One step's loss, logits, gradients and signals: a pure function, nothing is written.
@@ -167,8 +156,8 @@ class Rule(nn.Module):
             )
         grads |= self.own_grads(grads)
         for name, p in params.items():
-            if name not in grads or grads[name].shape != p.shape:
-                got = tuple(grads[name].shape) if name in grads else "none"
+            got = tuple(grads[name].shape) if name in grads else "none"
+            if got != tuple(p.shape):
                 raise ValueError(
                     f"{type(self).__name__} must give {name} a gradient of shape "
                     f"{tuple(p.shape)}, got {got}"

@@ -74,8 +74,7 @@ def fit(
 
     Each seed has its own generator, from which its initial weights, feedback, batch order and
     dropout come; so its result is the same, up to rounding, whether it is trained alone or with
-    others. A seed
-    whose loss is not finite stops; the others go on to their end.
+    others. A seed whose loss is not finite stops; the others go on to their end.
 
     Args:
         make: builds a network and returns its rule, drawing only from the generator given.
@@ -145,30 +144,15 @@ def fit(
     return run
 
 
-def _plain(value: object) -> object:
-    """A value as a fingerprint holds it: functions and objects by their names."""
-    if isinstance(value, dict):
-        return {k: _plain(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(v) for v in value]
-    if isinstance(value, (str, numbers.Number, Tensor, type(None))):
-        return value
-    named = value if hasattr(value, "__qualname__") else type(value)
-    return f"{named.__module__}.{named.__qualname__}"
-
-
-def _options(part: torch.nn.Module) -> dict:
-    """The attributes of a rule or a block that are not torch's."""
-    return {k: _plain(v) for k, v in vars(part).items() if k not in vars(torch.nn.Module())}
-
-
 def _fingerprint(lockstep: Lockstep, seeds: list[int], rates: list[float], probe: int) -> str:
     """Of everything that decides a run: a checkpoint of another one must not continue it."""
-    rule, data, defaults = lockstep.rules[0], lockstep.data, _plain(lockstep.opt.defaults)
+    rule, data, defaults = lockstep.rules[0], lockstep.data, lockstep.opt.defaults
     shapes = {name: list(p.shape) for name, p in lockstep.params.items()}
     start = [lockstep.state_dict()[k] for k in ("params", "state", "generators")]
     kinds = [type(o).__name__ for o in (rule, lockstep.opt)]
-    options = [repr(rule.net), *map(_options, (rule, *rule.net))]
+    torchs = vars(torch.nn.Module())
+    parts = [{k: v for k, v in vars(p).items() if k not in torchs} for p in (rule, *rule.net)]
+    options = [repr(rule.net), *parts]
     # functions of one name may differ in what they compute
     given = [block for block in rule.net if callable(block.activation)]
     computed = [block.act(example(block.linear).to(lockstep.device)) for block in given]
@@ -223,10 +207,7 @@ def _train(
         bar.update()
     lockstep.write_back()
     bar.update(len(rates) - epoch)
-    stacked = []
-    for values in curves.values():
-        curve = torch.stack(values, 1) if values else torch.empty(len(seeds), 0).double()
-        missing = len(rates) - epoch if values else 0  # a run that diverged ends early
-        padding = torch.full((len(seeds), missing, *curve.shape[2:]), torch.nan).double()
-        stacked.append(torch.cat([curve, padding], 1))
-    return [*stacked, bad], spent
+    for values in filter(None, curves.values()):  # a run that diverged ends early
+        values += [torch.full_like(values[-1], torch.nan)] * (len(rates) - epoch)
+    empty = torch.empty(len(seeds), 0).double()
+    return [*(torch.stack(v, 1) if v else empty for v in curves.values()), bad], spent

@@ -7,14 +7,6 @@ from .feedback import DRTP, DirectFeedbackAlignment, FeedbackAlignment, KolenPol
 from .pepita import PEPITA
 
 __all__ = [
-    "DRTP",
-    "EKDAA",
-    "PEPITA",
-    "Backprop",
-    "DirectFeedbackAlignment",
-    "FeedbackAlignment",
-    "Frozen",
-    "KolenPollack",
-    "SignSymmetry",
-    "shuffled",
-]
+    "DRTP", "EKDAA", "PEPITA", "Backprop", "DirectFeedbackAlignment", "FeedbackAlignment", "Frozen",
+    "KolenPollack", "SignSymmetry", "shuffled",
+]  # fmt: skip

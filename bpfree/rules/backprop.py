@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ..block import Trace
+from ..block import Tensors, Trace
 from ..rule import Rule, Signal
 
 
@@ -17,7 +17,7 @@ class Backprop(Rule):
     matrices override ``feedback`` alone; those that need no derivative, ``descend``.
     """
 
-    def feedback(self, l: int, params: dict[str, Tensor], state: dict[str, Tensor]) -> Tensor:
+    def feedback(self, l: int, params: Tensors, state: Tensors) -> Tensor:
         """The matrix, shaped like W_l, that carries delta_l down to block l - 1 (l = 2..L)."""
         return params[f"{l - 1}.linear.weight"]
 

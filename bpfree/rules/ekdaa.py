@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..block import ACTIVATIONS, Trace, one_of
+from ..block import ACTIVATIONS, Activation, Trace, check_function, example, one_of
 from ..network import Network
 from ..rule import Signal
 from .backprop import Backprop
@@ -69,7 +69,7 @@ class EKDAA(Backprop):
         start: str = "weights",
         feedback_scale: float = 1.0,
         target: str = "unpooled",
-        target_activation: str | Callable[[Tensor], Tensor] | None = None,
+        target_activation: Activation | None = None,
         swap_axes: bool = False,
         normalise_feedback: bool = False,
         normalise_updates: bool = False,
@@ -90,21 +90,14 @@ class EKDAA(Backprop):
         self.beta, self.gamma, self.target, self.target_activation = beta, gamma, target, f
         self.swap_axes, self.scale_updates = swap_axes, scale_updates
         self.normalise_feedback, self.normalise_updates = normalise_feedback, normalise_updates
-        for l, (block, weight) in enumerate(zip(net, net.weights(), strict=True), 1):
-            side = (4, 4) if block.is_conv else ()
-            a = weight.new_zeros(2, 4, *side)
-            if l < len(net) and (z := self._f(l)(a)).shape != a.shape:
-                raise ValueError(
-                    f"the activation of block {l} must keep the shape of its input, "
-                    f"got {tuple(z.shape)} for {tuple(a.shape)}"
-                )
-            if swap_axes and block.is_conv and weight.shape[2] != weight.shape[3]:
+        for l, (block, W) in enumerate(zip(net, net.weights(), strict=True), 1):
+            if f is not None and block.is_conv:
+                check_function("target_activation", f, example(block.linear))
+            if swap_axes and block.is_conv and W.shape[2] != W.shape[3]:
                 raise ValueError(f"swap_axes needs square kernels, got {block.linear}")
             if l > 1:
-                copied = start == "weights"
-                E = weight.detach().clone() if copied else like_weight(
-                    weight, feedback_scale, generator)  # fmt: skip
-                self.register_parameter(f"E{l}", nn.Parameter(E))
+                E = W.clone() if start == "weights" else like_weight(W, feedback_scale, generator)
+                setattr(self, f"E{l}", nn.Parameter(E.detach()))
 
     def _f(self, l: int) -> Callable[[Tensor], Tensor]:
         block = self.net[l - 1]

@@ -40,13 +40,15 @@ class FeedbackAlignment(Backprop):
         feedback_scale: B_l is drawn from U(+-feedback_scale * sqrt(6 / fan_in)); > 0.
     """
 
+    kind = nn.Buffer  # B_l is fixed
+
     def __init__(
         self, net: Network, feedback_scale: float = 1.0, generator: torch.Generator | None = None
     ):
         super().__init__(net, generator)
         check_scale("feedback_scale", feedback_scale)
         for l, weight in enumerate(net.weights()[1:], 2):
-            self.register_buffer(f"B{l}", like_weight(weight, feedback_scale, generator))
+            setattr(self, f"B{l}", self.kind(like_weight(weight, feedback_scale, generator)))
 
     def feedback(self, l, params, state):
         return state[f"B{l}"]
@@ -87,7 +89,7 @@ class SignSymmetry(Backprop):
         return torch.sign(params[f"{l - 1}.linear.weight"]) * state[f"S{l}"]
 
 
-class KolenPollack(Backprop):
+class KolenPollack(FeedbackAlignment):
     """Kolen-Pollack: feedback that learns to be the weights (Kolen & Pollack 1994).
 
     As FA, but B_l is a parameter and receives the same gradient as W_l. Give the optimiser a
@@ -96,19 +98,9 @@ class KolenPollack(Backprop):
 
     Parameters ``B2`` .. ``BL``; pass ``rule.parameters()`` to the optimiser. Source: Akrout et al.
     2019, arXiv 1904.05391, section 3.
-
-    Args:
-        feedback_scale: B_l starts from U(+-feedback_scale * sqrt(6 / fan_in)); > 0.
     """
 
-    def __init__(
-        self, net: Network, feedback_scale: float = 1.0, generator: torch.Generator | None = None
-    ):
-        super().__init__(net, generator)
-        check_scale("feedback_scale", feedback_scale)
-        for l, weight in enumerate(net.weights()[1:], 2):
-            B = nn.Parameter(like_weight(weight, feedback_scale, generator))
-            self.register_parameter(f"B{l}", B)
+    kind = nn.Parameter  # B_l learns
 
     def feedback(self, l, params, state):
         return params[f"rule.B{l}"]

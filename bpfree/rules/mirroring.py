@@ -8,6 +8,7 @@ proportional to its weights, so feedback can copy them without ever reading them
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -15,7 +16,7 @@ from torch import Tensor
 from ..network import Network
 
 NOISE = 0.1  # standard deviation of the noise, as in the released code
-BATCH = 64
+BATCH, RATE = 64, 0.1  # RATE: step of a factor per batch of noise, relative to its norm
 
 
 def factors(net: Network, scale: float, generator: torch.Generator | None) -> list[Tensor]:
@@ -38,30 +39,19 @@ def factors(net: Network, scale: float, generator: torch.Generator | None) -> li
     return [sd * draw.to(w) for draw, w in zip(draws, net.weights(), strict=True)]
 
 
-def mirrored(
-    net: Network,
-    params: dict[str, Tensor],
-    factors: list[Tensor],
-    steps: int,
-    rate: float,
-    sign: int,
-    generator: torch.Generator | None,
-) -> list[Tensor]:
-    """The factors after ``steps`` batches of noise through each block alone; each keeps its norm.
+def mirror(
+    Q: Tensor, W: Tensor, f: Callable, steps: int, sign: int, generator: torch.Generator
+) -> Tensor:
+    """Q after ``steps`` batches of noise through one block alone; it keeps its norm.
 
-    Q_l moves along E[xi^T phi_l(xi W_l^T)], which is proportional to W_l^T. ``sign`` multiplies it
-    in block 1 alone, so that the product comes to point along sign * (W_L ... W_1)^T.
+    It moves along sign * E[xi^T f(xi W^T)], which is proportional to sign * W^T.
     """
-    turned = []
-    for l, (block, Q) in enumerate(zip(net, factors, strict=True), 1):
-        W, norm = params[f"{l - 1}.linear.weight"], Q.norm()
-        for _ in range(steps):
-            device = generator.device if generator is not None else W.device
-            noise = torch.randn(BATCH, W.shape[1], generator=generator, device=device).to(W)
-            xi = NOISE * (noise - noise.mean())
-            correlation = xi.T @ block.act(xi @ W.T) / BATCH
-            direction = (sign if l == 1 else 1) * correlation / correlation.norm()
-            Q = Q + rate * norm * direction
-            Q = Q * (norm / Q.norm())
-        turned.append(Q)
-    return turned
+    norm = Q.norm()
+    for _ in range(steps):
+        noise = torch.randn(BATCH, W.shape[1], generator=generator, device=generator.device).to(W)
+        xi = NOISE * (noise - noise.mean())
+        correlation = xi.T @ f(xi @ W.T) / BATCH
+        direction = sign * correlation / correlation.norm()
+        Q = Q + RATE * norm * direction
+        Q = Q * (norm / Q.norm())
+    return Q

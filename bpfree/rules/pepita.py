@@ -13,9 +13,7 @@ from ..block import Block, Trace, one_of
 from ..network import Network, uniform
 from ..rule import Rule, Signal
 from .feedback import check_scale
-from .mirroring import factors, mirrored
-
-MIRROR_RATE = 0.1  # step of a factor per batch of noise, relative to its norm
+from .mirroring import factors, mirror
 
 
 class PEPITA(Rule):
@@ -96,14 +94,11 @@ class PEPITA(Rule):
     @torch.no_grad()
     def refresh(self, params, state, generator):
         """Mirror the weights as they are; F keeps about its size, and comes to point along them."""
-        if not self.mirroring:
-            return {}
-        names = [f"Q{l}" for l in range(1, len(self.net) + 1)]
-        Q = mirrored(
-            self.net, params, [state[n] for n in names], self.mirroring, MIRROR_RATE, -self.sign,
-            generator,
-        )  # fmt: skip
-        return {**dict(zip(names, Q, strict=True)), "F": torch.linalg.multi_dot(Q)}
+        new = {}
+        for l, block in enumerate(self.net if self.mirroring else (), 1):
+            W, sign = params[f"{l - 1}.linear.weight"], -self.sign if l == 1 else 1
+            new[f"Q{l}"] = mirror(state[f"Q{l}"], W, block.act, self.mirroring, sign, generator)
+        return new and {**new, "F": torch.linalg.multi_dot([*new.values()])}
 
     def first_pass(self, params, state, x, masks):
         state, first = {**state, "x": x, "masks": masks}, None
