@@ -181,7 +181,7 @@ def _ekdaa_narrow(cells: list[Recipe]) -> Iterator[Recipe]:
 
     Rates are the best of the grid in figures/tuning.py, and so is the signum's beta.
     """
-    rates = {"ekdaa": 0.1, "ekdaa-sign": 0.03, "bp": 0.03, "frozen": 0.03, "frozen-sign": 0.01}
+    rates = {"ekdaa": 0.1, "ekdaa-sign": 0.03, "bp": 0.03, "frozen": 0.3, "frozen-sign": 0.01}
     bases = {r.name.removeprefix("ekdaa-cnn-fashion-mnist-"): r for r in cells}
     for arm, lr in rates.items():
         kind, (shape, *full), keywords = bases[arm].network

@@ -30,7 +30,7 @@ EXPERIMENTS = {
         {"ekdaa-sign": ({}, *BETAS), "ekdaa-sign-1-hidden": ({}, *BETAS[:1])},
     ),
     "ekdaa-narrow-fashion-mnist": (
-        2, (), (0.01, 0.03, 0.1), {"ekdaa-sign": BETAS[:2]},
+        2, (), (0.01, 0.03, 0.1, 0.3), {"ekdaa-sign": BETAS[:2]},
     ),
 }  # fmt: skip
 SEED, HOLDOUT = 100, 10_000

@@ -293,7 +293,9 @@ def test_malformed_seeds_are_refused(seeds, capsys):
     assert repr(seeds) in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("experiment", ["mnist-fc", "ekdaa-fc-fashion-mnist"])
+@pytest.mark.parametrize(
+    "experiment", ["mnist-fc", "ekdaa-fc-fashion-mnist", "ekdaa-narrow-fashion-mnist"]
+)
 def test_tuned_rates_are_the_best_of_the_recorded_grid(experiment):
     grid = json.loads(results.path(f"tuning-{experiment}").read_text())["grid"]
     names = {name for name in recipes.RECIPES if name.startswith(f"{experiment}-")}
