@@ -1,7 +1,6 @@
 """Angles and norms against backprop; memory."""
 
 import math
-import sys
 from functools import partial
 
 import pytest
@@ -9,7 +8,6 @@ import torch
 from oracles import (
     autograd_grads,
     copies,
-    error_and_target,
     generator,
     mlp_problem,
     sibling,
@@ -24,12 +22,8 @@ from bpfree import (
     FeedbackAlignment,
     Frozen,
     alignment,
-    results,
 )
 from bpfree.measure import angle, peak_memory
-
-sys.path.insert(0, str(results.ROOT / "figures"))
-from robustness import fgsm  # noqa: E402
 
 ONE, OTHER = torch.tensor([1.0, 0.0]), torch.tensor([0.0, 1.0])
 
@@ -136,76 +130,6 @@ def test_alignment_of_stacked_seeds_is_that_of_each(either):
         expected = alignment(rule, x, y)
         torch.testing.assert_close(measured[0][s], expected.angle, atol=1e-5, rtol=1e-7)
         torch.testing.assert_close(measured[1][s], expected.norm)
-
-
-# ---- adversarial examples ------------------------------------------------------------------------
-
-
-def images(net, seed=0):
-    g = generator(seed)
-    x = torch.rand(40, *net.input_shape, generator=g, dtype=torch.float64)
-    return x, torch.randint(net.num_classes, (40,), generator=g)
-
-
-@pytest.mark.parametrize("epsilon", [0.0, 0.03, 0.4])
-def test_fgsm_of_softmax_regression_is_the_closed_form(epsilon):
-    net = bpfree.mlp(6, 4, generator=generator()).double()
-    x, y = images(net)
-    W = net.weights()[0].detach()
-    e, _ = error_and_target(x @ W.T, y)
-    expected = torch.clamp(x + epsilon * torch.sign(e @ W), 0, 1)
-    torch.testing.assert_close(fgsm(net, x, y, epsilon), expected)
-
-
-def test_fgsm_raises_the_loss_of_any_module(either):
-    x, y = images(either.net)
-    net = torch.nn.Sequential(either.net, torch.nn.LogSoftmax(1))
-    losses = [
-        float(torch.nn.functional.cross_entropy(net(fgsm(net, x, y, epsilon)), y).detach())
-        for epsilon in (0.0, 0.1, 0.3)
-    ]
-    assert losses[0] < losses[1] - 0.01 < losses[2] - 0.02
-
-
-def test_fgsm_keeps_to_its_bounds_and_its_size(either):
-    x, y = images(either.net)
-    fooled = fgsm(either.net, x - 0.5, y, 0.1, bounds=(-0.5, 0.5))
-    assert fooled.min() == -0.5
-    assert fooled.max() == 0.5
-    assert (fooled - (x - 0.5)).abs().max() <= 0.1 + 1e-12
-
-
-def test_fgsm_writes_nothing_records_no_graph_and_works_without_gradients(either):
-    x, y = images(either.net)
-    before = x.clone()
-    fooled = fgsm(either.net, x, y, 0.1)
-    with torch.no_grad():
-        torch.testing.assert_close(fgsm(either.net, x, y, 0.1), fooled, rtol=0, atol=0)
-    assert not fooled.requires_grad
-    assert not x.requires_grad
-    assert torch.equal(x, before)
-    assert all(p.grad is None for p in either.net.parameters())
-
-
-def test_a_network_without_derivative_cannot_be_attacked_through_itself():
-    net = mlp_problem(7, 6, 4, activation="sign").net
-    x, y = images(net)
-    assert torch.equal(fgsm(net, x, y, 0.3), x)
-
-
-@pytest.mark.parametrize(
-    "epsilon, bounds, message",
-    [
-        (-0.1, (0, 1), r"epsilon must be .*>= 0, got -0\.1"),
-        (math.nan, (0, 1), "epsilon must be .*got nan"),
-        (math.inf, (0, 1), "epsilon must be .*got inf"),
-        (0.1, (-0.5, 0.5), r"x must be in \(-0\.5, 0\.5\), got 0\.\d+\.\.0\.99"),
-        (0.1, (0.5, 1), r"x must be in \(0\.5, 1\), got 0\.0"),
-    ],
-)
-def test_fgsm_refuses_what_is_out_of_range(epsilon, bounds, message, mlp):
-    with pytest.raises(ValueError, match=message):
-        fgsm(mlp.net, *images(mlp.net), epsilon, bounds)
 
 
 # ---- memory --------------------------------------------------------------------------------------
