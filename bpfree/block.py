@@ -138,8 +138,8 @@ class Block(nn.Module):
         return [z[..., i:end:k, :] if axis == -2 else z[..., i:end:k] for i in range(k)]
 
     def _largest(self, z: Tensor, axis: int) -> Tensor:
-        """Of all windows along one axis; along both it is the max-pool, much faster than torch's
-        own on a CPU (appendix)."""
+        """The largest unit of each window along one axis; along both, the max-pool, much faster
+        than torch's own on a CPU (appendix)."""
         return reduce(torch.maximum, self._lines(z, axis))
 
     def act(self, a: Tensor) -> Tensor:

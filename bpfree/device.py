@@ -68,7 +68,7 @@ def keep_freed_memory() -> None:
     """Let the C library, if it is glibc, keep what tensors free, for the next ones.
 
     By default glibc gives large blocks back to the system, which hands them out again page by page,
-    each zeroed first: about a fifth of a step with large activities on a CPU (appendix). The
+    each zeroed first: a fifth of a step with large activities on a CPU, or more (appendix). The
     setting is the whole process's, so it is for programs, not for libraries: ``bpfree`` uses it.
     """
     with suppress(OSError, AttributeError, TypeError):  # another C library

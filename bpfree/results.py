@@ -87,9 +87,9 @@ def record(
         OutOfTime: if ``deadline`` (``time.monotonic()``) comes first.
         OSError: if the disk is full; what was recorded before stays.
     """
-    both = dataclasses.asdict(recipe), {f.name: f.default for f in dataclasses.fields(recipe)}
-    # tuples as the file gives them back; a field without a default has none of ours
-    settings, defaults = json.loads(json.dumps(both, default=lambda missing: None))
+    optional = [f for f in dataclasses.fields(recipe) if f.default is not dataclasses.MISSING]
+    both = dataclasses.asdict(recipe), {f.name: f.default for f in optional}
+    settings, defaults = json.loads(json.dumps(both))  # tuples as the file gives them back
     file = path(recipe.name, folder)
     result = {"format": FORMAT, "recipe": settings, "data_checksum": None, "runs": {}}
     if file.exists():
@@ -97,9 +97,9 @@ def record(
         # a field that did not exist when the file was recorded had its default's effect
         was = {**defaults, **result["recipe"]}
         free = {"seeds", "source", "paper"}  # they decide no number
-        changed = [k for k, now in settings.items() if k not in free and now != was[k]]
+        changed = [k for k, now in settings.items() if k not in free and now != was.get(k)]
         if changed:
-            said = ", ".join(f"{k}={was[k]!r} (now {settings[k]!r})" for k in changed)
+            said = ", ".join(f"{k}={was.get(k)!r} (now {settings[k]!r})" for k in changed)
             raise ValueError(f"{file} was recorded with {said}; move it away to record anew")
         result["recipe"] = settings
     for seed in result["runs"]:  # of a kill between the record and the removal of its checkpoint

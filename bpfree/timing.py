@@ -68,8 +68,9 @@ def compare(
     ``per`` steps; the times are of one.
     """
     times: dict[str, list[float]] = {name: [] for name in arms}
-    # warm-up: allocations and the library's own choices
-    slowest = max([_seconds(f, 2, device) for f in arms.values()])
+    for f in arms.values():  # warm-up: allocations and the library's own choices
+        _seconds(f, 2, device)
+    slowest = max([_seconds(f, 1, device) for f in arms.values()])
     repeats = max(1, min(repeats, int(TURN / slowest)))
     for _ in range(rounds):
         for name, f in arms.items():

@@ -58,7 +58,8 @@ class EKDAA(Backprop):
     learning rate times the batch size is ours.
 
     Raises:
-        ValueError: for an option out of these, or an activation that changes the shape.
+        ValueError: for an option out of these, or a target_activation that changes the shape,
+            works in place or is random.
     """
 
     def __init__(

@@ -98,6 +98,9 @@ class KolenPollack(FeedbackAlignment):
 
     Parameters ``B2`` .. ``BL``; pass ``rule.parameters()`` to the optimiser. Source: Akrout et al.
     2019, arXiv 1904.05391, section 3.
+
+    Args:
+        feedback_scale: of B_l's random start, as for FA.
     """
 
     kind = nn.Parameter  # B_l learns
