@@ -12,7 +12,7 @@ from torch import Tensor
 
 from . import results, rules
 from .data import Data
-from .device import generator_on
+from .device import can_record, generator_on
 from .lockstep import Lockstep
 from .measure import peak_memory
 from .network import Network, mlp
@@ -137,7 +137,7 @@ def seeds(device: str = "cpu", rounds: int = 5) -> dict:
 def engine(device: str = "cpu", rounds: int = 5) -> dict:
     """Milliseconds per step of PEPITA in ``fit``, each way of launching it, beside autograd's."""
     ways = {"launched": dict(record=False), "compiled": dict(record=False, compile=True)}
-    if torch.device(device).type == "cuda":
+    if can_record(torch.device(device)):
         ways |= {"replayed": {}, "compiled and replayed": dict(compile=True)}
     arms = {"autograd": autograd_epoch(device)}
     arms |= {name: epoch(1, device, **options) for name, options in ways.items()}

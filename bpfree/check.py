@@ -30,8 +30,7 @@ def check_rule(rule: Rule, data: Data, rules: list[Rule]) -> None:
 def check_update(rule: Rule, data: Data, batch_size: int) -> None:
     """Raise unless the rule's update reads only what it is given, and writes none of it.
 
-    Anything else would be silently wrong: vectorised seeds share the first rule's own tensors. What
-    such tensors contribute is seen from about a millionth of the gradient's length on.
+    Anything else would be silently wrong: vectorised seeds share the first rule's own tensors.
     """
     name, own = type(rule).__name__, {**rule.params(), **rule.state()}
     kept = {key: t.clone() for key, t in own.items()}
@@ -56,7 +55,7 @@ def check_update(rule: Rule, data: Data, batch_size: int) -> None:
     others = [k for k, t in own.items() if t.is_floating_point() and 0 not in t.stride()]
     try:
         for key in others:
-            own[key].mul_(-1e3).add_(1)
+            own[key].mul_(-1e3).add_(1)  # large, so that what contributes little is seen too
         second = grads()
     finally:
         for key in others:

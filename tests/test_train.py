@@ -319,6 +319,11 @@ class ReadsItsSigns(bpfree.Backprop):
         return self.net[l - 1].linear.weight.sign()
 
 
+class ReadsItselfALittle(bpfree.Backprop):
+    def feedback(self, l, params, state):
+        return super().feedback(l, params, state) + 1e-5 * self.net[l - 1].linear.weight
+
+
 class Decomposes(bpfree.Backprop):
     def feedback(self, l, params, state):
         return torch.linalg.svd(self.net[l - 1].linear.weight, full_matrices=False)[0]
@@ -338,6 +343,7 @@ class WritesItsState(bpfree.FeedbackAlignment):
 @pytest.mark.parametrize("rule, message", [
     (ReadsItself, "must read weights from params"),
     (ReadsItsSigns, "must read weights from params"),
+    (ReadsItselfALittle, "must read weights from params"),
     (Decomposes, "must read weights from params"),
     (WritesItsInput, r"wrote to \['x'\]"),
     (WritesItsState, r"wrote to \['B2'\]"),
