@@ -104,12 +104,16 @@ def _pepita_table_1() -> Iterator[Recipe]:
 def _pepita_follow_up(table: list[Recipe]) -> Iterator[Recipe]:
     """Chapter 3: mirroring, and three hidden layers, otherwise as in Table 1.
 
-    The follow-up's own settings are not known to us.
+    The follow-up's own settings are not known to us. "mirrored-first" takes the presynaptic
+    activity of the first pass, with which block 1 does not multiply itself.
     """
     for base in (r for r in table if r.rule == "PEPITA" and r.network[0] == "mlp"):
         kind, (n_in, width, classes), keywords = base.network
         new = replace(base, source="arXiv 2302.05440", paper=None)
-        yield replace(new, name=f"{base.name}-mirrored", options={"mirroring": 20})
+        mirrored = replace(new, name=f"{base.name}-mirrored", options={"mirroring": 20})
+        yield mirrored
+        options = {**mirrored.options, "presynaptic": "first"}
+        yield replace(mirrored, name=f"{mirrored.name}-first", options=options, source="this book")
         deep = (kind, (n_in, width, width, width, classes), keywords)
         yield replace(new, name=f"{base.name}-3-hidden", network=deep)
 

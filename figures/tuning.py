@@ -21,14 +21,16 @@ from bpfree.recipe import Recipe
 RATES = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
 SCALES = tuple({"feedback_scale": scale} for scale in (0.001, 0.01, 0.1, 1.0))
 BETAS = tuple({"beta": beta} for beta in (0.3, 0.1, 0.03))
+EKDAA_FC = (
+    5, (3, 4), (0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3),
+    {"ekdaa-sign": ({}, *BETAS), "ekdaa-sign-1-hidden": ({}, *BETAS[:1])},
+)  # fmt: skip
 # how its recipes' names begin -> epochs, milestones, rates, and for some arms the options to
 # choose from
 EXPERIMENTS = {
     "mnist-fc": (5, (), RATES, {"drtp": SCALES, "drtp-relu": SCALES}),
-    "ekdaa-fc-fashion-mnist": (
-        5, (3, 4), (0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3),
-        {"ekdaa-sign": ({}, *BETAS), "ekdaa-sign-1-hidden": ({}, *BETAS[:1])},
-    ),
+    "ekdaa-fc-fashion-mnist": EKDAA_FC,
+    "ekdaa-fc-cifar10": EKDAA_FC,
     "ekdaa-narrow-fashion-mnist": (
         2, (), (0.01, 0.03, 0.1, 0.3), {"ekdaa-sign": BETAS[:2]},
     ),
@@ -62,12 +64,10 @@ def tune(experiment: str) -> None:
                     recipe = dataclasses.replace(base, **changes)
                     grid.append({**row, "accuracy": accuracy(recipe, data)})
                     print(grid[-1], file=sys.stderr, flush=True)
-                    head = {
-                        "seed": SEED,
-                        "epochs": epochs,
-                        "milestones": milestones,
-                        "holdout": HOLDOUT,
-                    }
+                    head = dict(
+                        seed=SEED, epochs=epochs, milestones=milestones, holdout=HOLDOUT,
+                        **results.manifest("cpu"),
+                    )  # fmt: skip
                     results.write_json(file, {**head, "grid": grid})
 
 
