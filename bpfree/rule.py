@@ -143,17 +143,18 @@ class Rule(nn.Module):
         loss = F.nll_loss(log_p, y.long())
         signals = iter(self.signals(params, state, trace, log_p.exp() - target, target))
         del trace
-        grads, kept, l = {}, [], -1
-        for l, (block, (r, delta)) in enumerate(zip(self.net, signals, strict=False)):
+        grads, kept, wanted = {}, [], len(self.net)
+        for l, block in enumerate(self.net):
+            signal = next(signals, None)
+            if signal is None:
+                raise ValueError(f"{type(self).__name__} must give {wanted} signals, gave {l}")
             if keep_signals:
-                kept.append((r, delta))
+                kept.append(signal)
+            r, delta = signal
             for name, grad in block.outer(delta, r, 1 / len(x)).items():
                 grads[f"{l}.linear.{name}"] = grad
-        if l + 1 < len(self.net) or next(signals, None) is not None:
-            gave = l + 1 if l + 1 < len(self.net) else "more"
-            raise ValueError(
-                f"{type(self).__name__} must give {len(self.net)} signals, gave {gave}"
-            )
+        if next(signals, None) is not None:
+            raise ValueError(f"{type(self).__name__} must give {wanted} signals, gave more")
         grads |= self.own_grads(grads)
         for name, p in params.items():
             got = tuple(grads[name].shape) if name in grads else "none"

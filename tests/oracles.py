@@ -61,7 +61,7 @@ BATCHWISE = ("ekdaa-released",)
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "identity": lambda a: a * 1,
-    "relu": lambda a: a.clamp(min=0),
+    "relu": lambda a: a * (a > 0),
     "tanh": lambda a: a.sinh() / a.cosh(),
     "sigmoid": lambda a: 1 / (1 + torch.exp(-a)),
     "sign": lambda a: a.sign(),

@@ -186,6 +186,19 @@ def test_a_gpu_trains_with_and_without_recording_to_the_same_bits(
 # ---- every step keeps to its device, and asks the host for nothing ------------------------------
 
 
+def can_pretend():
+    """Whether this PyTorch indexes tensors on a GPU that is not there; old ones want a driver."""
+    try:
+        with FakeTensorMode():
+            x = torch.zeros(2, dtype=torch.int64, device="cuda")
+            return x[x].is_cuda
+    except RuntimeError:
+        return False
+
+
+pretending = pytest.mark.skipif(not can_pretend(), reason="needs a newer PyTorch, or a GPU")
+
+
 def step_on_a_pretended_card(rule, count):
     """One training step, a test and a probe, on tensors that only say that they are on a GPU.
 
@@ -193,8 +206,8 @@ def step_on_a_pretended_card(rule, count):
     """
     group = make_lockstep(rule, count)
     indices = torch.zeros(4, dtype=torch.int64).expand((4,) if count == 1 else (count, 4))
-    with FakeTensorMode() as pretend, torch.no_grad():
-        there = partial(tree_map, lambda t: pretend.from_tensor(t).detach().to("cuda"))
+    with FakeTensorMode(), torch.no_grad():
+        there = partial(tree_map, lambda t: torch.empty(t.shape, dtype=t.dtype, device="cuda"))
         for name in ("params", "state", "totals"):
             setattr(group, name, there(getattr(group, name)))
         tensors = {k: v for k, v in vars(group.data).items() if isinstance(v, torch.Tensor)}
@@ -206,6 +219,7 @@ def step_on_a_pretended_card(rule, count):
         group.test(), group.probe(4)
 
 
+@pretending
 @every_rule
 @pytest.mark.parametrize("count", [1, 2])
 def test_every_step_keeps_to_its_device_and_asks_the_host_for_nothing(name, count):
@@ -222,6 +236,7 @@ class Homesick(bpfree.Backprop):
         return super().signals(params, state, trace, error * torch.ones(10), target)
 
 
+@pretending
 @pytest.mark.parametrize("rule, message", [(Curious, "local_scalar"), (Homesick, "device")])
 def test_a_rule_that_does_not_is_found(rule, message):
     with pytest.raises(Exception, match=message):

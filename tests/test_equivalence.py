@@ -304,6 +304,44 @@ def test_T6_with_one_hidden_block_pepita_is_feedback_alignment_with_feedback_min
     )
 
 
+def strengthening(problem, sign, seed):
+    """delta_l * (the second pass's change of a_l), per hidden block: -q d^2 of the book, and what
+    ``presynaptic="first"`` leaves out of each unit's gradient, along its weights."""
+    net, x, y = problem
+    feedback = torch.randn(x[0].numel(), net.num_classes, generator=generator(seed)).to(x)
+    updates = []
+    for which in ("second", "first"):
+        rule = bpfree.PEPITA(net, sign=sign, presynaptic=which)
+        rule.load_state_dict({"F": feedback})
+        updates.append(update_of(rule, x, y))
+    products, left_out = [], []
+    for l, name in enumerate(hidden_weights(net)):
+        W = rule.params()[name].detach()
+        (r_err, delta), (r, same) = (update.signals[l] for update in updates)
+        torch.testing.assert_close(delta, same)
+        products.append(delta * ((r_err - r) @ W.T))
+        left_out.append(((updates[0].grads[name] - updates[1].grads[name]) * W).sum(1))
+    return products, left_out
+
+
+@given(
+    problem=mlps(depth=(2, 4), activation=st.sampled_from(["identity", "relu", "tanh", "sigmoid"])),
+    sign=st.sampled_from([1, -1]),
+    seed=seeds,
+)
+def test_what_the_modulation_teaches_a_hidden_unit_can_only_lengthen_its_weights(
+    problem, sign, seed
+):
+    for product, left_out in zip(*strengthening(problem, sign, seed), strict=True):
+        assert product.max() <= 1e-10
+        torch.testing.assert_close(left_out, product.mean(0))
+
+
+def test_the_modulation_may_shorten_weights_where_an_activation_falls():
+    (product, _), _ = strengthening(mlp_problem(activation=torch.sin), 1, 0)
+    assert product.max() > 0.1
+
+
 # ---- EKDAA ---------------------------------------------------------------------------------------
 
 smooth_problems = st.one_of(mlps(depth=(2, 4), activation=curved), convnets(activation=curved))

@@ -36,8 +36,9 @@ class PEPITA(Rule):
             ``"released"`` is the convolutional script's: the mean, divided by the batch once more,
             with the sign reversed.
         presynaptic: r_l from the ``"second"`` pass, or the ``"first"`` (Hebbian in the first pass's
-            activity); ``"time-local"`` pairs each pass's h_l with the same pass's h_{l-1}, so that
-            no activity has to wait for the other pass.
+            activity): then e F^T cannot strengthen the answer to itself in block 1, which a large F
+            or mirroring otherwise turns into a collapse (chapter 3). ``"time-local"`` pairs each
+            pass's h_l with the same pass's h_{l-1}, so that no activity waits for the other pass.
         mirroring: batches of noise from which F = Q_1 ... Q_L, then factored, learns the weights
             before each epoch of ``fit`` (see ``refresh``); 0: F is fixed. Buffers ``Q1`` .. ``QL``.
         cheap: block 1 is linear before its activation, so a_1^err = a_1 + e (W_1 F)^T. The C images
@@ -93,7 +94,7 @@ class PEPITA(Rule):
 
     @torch.no_grad()
     def refresh(self, params, state, generator):
-        """Mirror the weights as they are; F keeps about its size, and comes to point along them."""
+        """Mirror the weights as they are: each factor keeps its norm, and F turns along them."""
         new = {}
         for l, block in enumerate(self.net if self.mirroring else (), 1):
             W, sign = params[f"{l - 1}.linear.weight"], -self.sign if l == 1 else 1
