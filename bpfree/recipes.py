@@ -140,24 +140,24 @@ def _ekdaa() -> Iterator[Recipe]:
     The convolutional one has the settings of the released CIFAR-10 example, whose learning rate of
     0.001 is for updates summed over the batch of 50; "released" is its update as well. The paper's
     fully connected one is not known to us; for ours each arm has its best rate of the grids in
-    figures/tuning.py, on Fashion-MNIST and on CIFAR-10 (SVHN, which we do not have, goes without
-    one), and the signum its best beta. Random feedback has the size of Glorot's weights where
-    fan-in and fan-out are equal.
+    figures/tuning.py, on Fashion-MNIST and on CIFAR-10, whose SVHN takes; and the signum its best
+    beta. Random feedback has the size of Glorot's weights where fan-in and fan-out are equal.
     """
     half = round(math.sqrt(1 / 2), 4)
+    signs = {"magnitude": "fixed", "scale": half}
     arms = {  # rule, options, activation; rates on grey and on colour images, fully connected
         "ekdaa": ("EKDAA", {}, "tanh", (0.1, 0.1)),
         "ekdaa-sign": ("EKDAA", {"beta": 0.3}, "sign", (0.001, 0.001)),
         "bp": ("Backprop", {}, "tanh", (0.1, 0.03)),
         "fa": ("FeedbackAlignment", {"feedback_scale": half}, "tanh", (0.03, 0.03)),
         "dfa": ("DirectFeedbackAlignment", {}, "tanh", (0.03, 0.03)),
-        "sign-symmetry": ("SignSymmetry", {"magnitude": "fixed", "scale": half}, "tanh", (0.1, 0.03)),
+        "sign-symmetry": ("SignSymmetry", signs, "tanh", (0.1, 0.03)),
         "frozen": ("Frozen", {}, "tanh", (0.3, 0.1)),
         "frozen-sign": ("Frozen", {}, "sign", (0.003, 0.003)),
     }  # fmt: skip
     shallow = {  # a second hidden layer of switches is taught by avalanches
         "ekdaa-sign-1-hidden": ("EKDAA", {}, "sign", (0.001, 0.003)),
-        "frozen-sign-1-hidden": ("Frozen", {}, "sign", (0.01, 0.01)),
+        "frozen-sign-1-hidden": ("Frozen", {}, "sign", (0.01, 0.003)),
     }
     released = {"released": ("EKDAA", _RELEASED, "tanh", ())}
     channels, pools = (64, 64, 64, 128, 128, 128), (1, 2, 1, 2, 1, 2)
