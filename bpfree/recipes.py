@@ -140,8 +140,8 @@ def _ekdaa() -> Iterator[Recipe]:
     The convolutional one has the settings of the released CIFAR-10 example, whose learning rate of
     0.001 is for updates summed over the batch of 50; "released" is its update as well. The paper's
     fully connected one is not known to us; for ours each arm has its best rate of the grids in
-    figures/tuning.py, on Fashion-MNIST and on CIFAR-10, whose SVHN takes; and the signum its best
-    beta. Random feedback has the size of Glorot's weights where fan-in and fan-out are equal.
+    figures/tuning.py, on Fashion-MNIST and on CIFAR-10, and the signum its best beta; SVHN takes
+    CIFAR-10's. Random feedback has the size of Glorot's weights where fan-in and fan-out are equal.
     """
     half = round(math.sqrt(1 / 2), 4)
     signs = {"magnitude": "fixed", "scale": half}
@@ -168,7 +168,7 @@ def _ekdaa() -> Iterator[Recipe]:
         for arm, (rule, options, activation, rates) in {**arms, **shallow}.items():
             sizes = (math.prod(shape), *[512] * (1 if arm in shallow else 2), 10)
             if colour and arm == "ekdaa-sign":
-                options = {"beta": 0.03}
+                options = {"beta": 0.03}  # the grid's best there
             yield Recipe(
                 f"ekdaa-fc-{data}-{arm}", data,
                 ("mlp", sizes, dict(activation=activation, init="glorot")),
