@@ -1,13 +1,14 @@
 """bpfree: learning without backpropagation, the library of the book."""
 
-from . import recipes, results, rules, style
+from . import rules, style
 from .block import Block
 from .data import load
+from .experiments import recipes, results
 from .measure import alignment
 from .network import Network, convnet, mlp
 from .rule import Rule, Update
 from .rules import *  # noqa: F403
-from .train import fit
+from .training.fit import fit
 
 __version__ = "0.1.0"
 

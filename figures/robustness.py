@@ -20,8 +20,8 @@ from torch import Tensor, nn
 
 from bpfree import recipes, results
 from bpfree.data import Data
-from bpfree.device import keep_freed_memory
-from bpfree.recipe import Recipe
+from bpfree.experiments.recipe import Recipe
+from bpfree.training.device import keep_freed_memory
 
 EXPERIMENT = "ekdaa-fc-fashion-mnist"  # how the names of its recipes begin
 ATTACKER, SEEDS = 50, (0, 1, 2)

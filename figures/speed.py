@@ -3,9 +3,9 @@
     python figures/speed.py        writes figures/results/speed-cpu.json
 
 ``steps``: one training step of PEPITA beside the same with one thing undone. ``pieces``: that thing
-by itself. Arms take turns in one process (``bpfree.timing``), ratios are to the first arm, what the
-library does. What the C library does with freed memory is a property of a process, so two others
-take turns for that; this one keeps it, as ``bpfree`` does.
+by itself. Arms take turns in one process (``bpfree.experiments.timing``), ratios are to the first
+arm, what the library does. What the C library does with freed memory is a property of a process,
+so two others take turns for that; this one keeps it, as ``bpfree`` does.
 """
 
 from __future__ import annotations
@@ -22,9 +22,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bpfree import Block, Network, bench, results
-from bpfree.device import keep_freed_memory
-from bpfree.timing import NETWORKS, SGD, compare
+from bpfree import Block, Network, results
+from bpfree.experiments import bench
+from bpfree.experiments.timing import NETWORKS, SGD, compare
+from bpfree.training.device import keep_freed_memory
 
 FC, CONV = "784-1024-10", "3x32x32-conv32-10"
 ROUNDS, REPEATS = 15, 5

@@ -16,7 +16,7 @@ import sys
 
 import bpfree
 from bpfree import recipes, results
-from bpfree.recipe import Recipe
+from bpfree.experiments.recipe import Recipe
 
 RATES = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
 SCALES = tuple({"feedback_scale": scale} for scale in (0.001, 0.01, 0.1, 1.0))

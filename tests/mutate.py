@@ -112,28 +112,29 @@ MUTANTS = [
     Mutant("rules/pepita.py", "-self.sign if l == 1 else 1", "-self.sign",
            "mirrored product of the wrong sign at even depth", "test_pepita.py::"
            "test_mirroring_turns_F_from_no_direction_to_minus_sign_times_the_transposed_weights"),
-    Mutant("lockstep.py", "rule.refresh(*mine, generator).items()", "{}.items()",
+    Mutant("training/lockstep.py", "rule.refresh(*mine, generator).items()", "{}.items()",
            "feedback never refreshed", "test_pepita.py::"
            "test_fit_refreshes_before_each_epoch_from_the_seeds_generator"),
-    Mutant("lockstep.py", "if rate != self.rate:", "if self.rate is None:",
+    Mutant("training/lockstep.py", "if rate != self.rate:", "if self.rate is None:",
            "a recorded step keeps its first rate",
            "test_device.py::test_a_recorded_step_trains_as_the_step_itself[one-backprop]"),
-    Mutant("lockstep.py", "m.narrow(of_batch, start, size)", "m.narrow(of_batch, 0, size)",
+    Mutant("training/lockstep.py", "m.narrow(of_batch, start, size)", "m.narrow(of_batch, 0, size)",
            "masks drawn ahead are used again",
            "test_device.py::test_a_recorded_step_trains_as_the_step_itself[one-backprop]"),
-    Mutant("device.py", "mine.copy_(theirs)", "pass", "a replay sees the first batch for ever",
+    Mutant("training/device.py", "mine.copy_(theirs)", "pass",
+           "a replay sees the first batch for ever",
            "test_device.py::test_a_recorded_step_trains_as_the_step_itself[one-backprop]"),
     Mutant("rule.py", "grad.to(p.dtype) if same else torch.empty_like(p).copy_(grad)",
            "grad.to(p.dtype)", "a fused step on weights laid out otherwise", "test_rule.py::"
            "test_a_step_is_the_same_whatever_the_layout_of_the_weights[True]"),
-    Mutant("train.py", "value[bad >= 0] = torch.nan", "pass",
-           "numbers of a seed that diverged", "test_train.py::"
+    Mutant("training/fit.py", "value[bad >= 0] = torch.nan", "pass",
+           "numbers of a seed that diverged", "test_fit.py::"
            "test_a_seed_that_diverged_has_no_numbers_from_there_though_its_stack_goes_on"),
-    Mutant("device.py", 'allow_tf32=name == "tf32"', "allow_tf32=True",
+    Mutant("training/device.py", 'allow_tf32=name == "tf32"', "allow_tf32=True",
            "float32 convolutions are TF32", "test_device.py::"
            "test_precision_is_what_was_asked_for_inside_and_what_it_was_outside[float32]"),
-    Mutant("lockstep.py", "{**rule.params(), **rule.state()}.items()", "rule.params().items()",
-           "refreshed feedback not given back", "test_pepita.py::"
+    Mutant("training/lockstep.py", "{**rule.params(), **rule.state()}.items()",
+           "rule.params().items()", "refreshed feedback not given back", "test_pepita.py::"
            "test_vectorised_seeds_get_back_the_feedback_of_seeds_one_at_a_time"),
     # ---- EKDAA ----
     Mutant("rules/ekdaa.py", "moved = torch.sub(a,", "moved = torch.add(a,",
@@ -164,25 +165,26 @@ MUTANTS = [
            "a label that is no class is accepted",
            "test_rule.py::test_a_bad_batch_is_refused_by_name_and_changes_nothing"),
     # ---- training, measures, data ----
-    Mutant("train.py", "[torch.Generator().manual_seed(seed) for seed in group]",
+    Mutant("training/fit.py", "[torch.Generator().manual_seed(seed) for seed in group]",
            "[torch.Generator().manual_seed(group[0])] * len(group)", "seeds share a generator",
-           "test_train.py::test_the_order_of_seeds_does_not_matter"),
-    Mutant("lockstep.py", "**self.state}[name][s]", "**self.state}[name][0]",
+           "test_fit.py::test_the_order_of_seeds_does_not_matter"),
+    Mutant("training/lockstep.py", "**self.state}[name][s]", "**self.state}[name][0]",
            "every seed gets the first one's weights",
-           "test_train.py::test_the_order_of_seeds_does_not_matter"),
-    Mutant("lockstep.py", 'group["lr"] = rate * lr', 'group["lr"] = lr', "schedule without effect",
-           "test_train.py::test_the_schedule_is_asked_once_per_epoch"),
+           "test_fit.py::test_the_order_of_seeds_does_not_matter"),
+    Mutant("training/lockstep.py", 'group["lr"] = rate * lr', 'group["lr"] = lr',
+           "schedule without effect",
+           "test_fit.py::test_the_schedule_is_asked_once_per_epoch"),
     Mutant("measure.py", "2 * torch.atan2((u - v).norm(), (u + v).norm())",
            "torch.acos((u * v).sum().clamp(-1, 1))", "small angles lose their digits",
            "test_measure.py::test_tiny_angles_keep_their_digits"),
-    Mutant("results.py", "{**defaults, **result", "{**result",
+    Mutant("experiments/results.py", "{**defaults, **result", "{**result",
            "a new field makes every record another recipe's", "test_results.py::"
            "test_a_field_newer_than_the_file_is_good_at_its_default_alone"),
-    Mutant("results.py", "[\"runs\"] | runs", "[\"runs\"] and runs",
+    Mutant("experiments/results.py", "[\"runs\"] | runs", "[\"runs\"] and runs",
            "seeds of another process are lost", "test_results.py::"
            "test_a_seed_that_another_process_recorded_meanwhile_stays"),
-    Mutant("check.py", "own[key].mul_(-1e3).add_(1)", "pass",
-           "a rule may read itself", "test_train.py::"
+    Mutant("training/check.py", "own[key].mul_(-1e3).add_(1)", "pass",
+           "a rule may read itself", "test_fit.py::"
            "test_a_rule_whose_update_is_not_pure_is_told_so_and_left_as_it_was"),
     Mutant("data.py", "if not check_integrity(path, md5):", "if False:",
            "damaged files are read", "test_data.py::test_a_damaged_file_is_named_and_not_loaded"),

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import bpfree
-from bpfree import bench, cli, timing
+from bpfree.experiments import bench, cli, timing
 
 ARMS = ("autograd", "Backprop", "PEPITA")
 

@@ -15,26 +15,46 @@ ROOT = Path(__file__).resolve().parent.parent
 HTML = ROOT / "_build" / "html"
 CONFIG = yaml.safe_load((ROOT / "_config.yml").read_text())
 TOC = yaml.safe_load((ROOT / "_toc.yml").read_text())
-PAGES = [TOC["root"], *(c["file"] for part in TOC["parts"] for c in part["chapters"])]
-NOTEBOOKS = sorted((ROOT / "chapters").glob("*.ipynb"))
+NOTEBOOKS = sorted((ROOT / "chapters").glob("[0-9]*/*.ipynb"))
 ADDRESS = CONFIG["repository"]["url"]
-# the blocks of a chapter, in their order; the notation page is a reference, not a chapter
-BLOCKS = [
-    "The question", "Setup", "Notation", "Derivation", "Build it", "Check it", "Try it", "Break it",
-    "The paper and we", "Exercises", "Recap", "Reading", "Versions",
-]  # fmt: skip
-APPENDIX_BLOCKS = [
-    "The question", "Setup", "Break it", "Exercises", "Recap", "Reading", "Versions",
-]  # fmt: skip
-CHAPTERS = [p for p in NOTEBOOKS if not p.name.startswith("00_")]
+KINDS = ("theory", "experiments", "exercises")
+# the headings that a page must have, in this order, and the most words on the built page, code
+# included: what a reader manages in one sitting
+BLOCKS = {
+    "story": (
+        ["The question", "Setup", "Notation", "The rule", "Build it", "Check it", "Try it",
+         "The paper and we", "Recap", "When is it backprop?"], 4000,
+    ),
+    "theory": (["Setup"], 6000),
+    "experiments": (["Setup", "Break it"], 6000),
+    "exercises": (["Setup", "Exercises", "Project", "Questions", "Reading", "Versions"], 4000),
+    "notation": (["Setup"], 6000),
+    "speed": (["The question", "Setup", "Break it", "Exercises", "Recap", "Reading", "Versions"],
+              6000),
+}  # fmt: skip
+
+
+def listed(entries: list[dict]) -> list[str]:
+    """The files of a table of contents, pages before the pages nested under them."""
+    return [f for e in entries for f in (e["file"], *listed(e.get("sections", [])))]
+
+
+PAGES = [TOC["root"], *listed([c for part in TOC["parts"] for c in part["chapters"]])]
+STORIES = [p for p in NOTEBOOKS if p.with_name(f"{p.stem}_theory.ipynb").exists()]
 
 on_notebooks = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
-on_chapters = pytest.mark.parametrize("path", CHAPTERS, ids=lambda p: p.stem)
+on_stories = pytest.mark.parametrize("path", STORIES, ids=lambda p: p.stem)
 on_pages = pytest.mark.parametrize("page", PAGES)
 
 
-def is_appendix(path: Path) -> bool:
-    return path.name.startswith("9")
+def kind(path: Path) -> str:
+    """story, theory, experiments, exercises, or the name of a page that stands alone."""
+    last = path.stem.rpartition("_")[2]
+    return last if last in KINDS else "story" if path in STORIES else path.stem
+
+
+def built(page: str) -> BeautifulSoup:
+    return BeautifulSoup((HTML / f"{page}.html").read_text(), "html.parser")
 
 
 def cells(path: Path, kind: str) -> list[dict]:
@@ -47,7 +67,14 @@ def prose(path: Path) -> str:
 
 
 def test_every_notebook_is_in_the_table_of_contents():
-    assert {f"chapters/{p.stem}" for p in NOTEBOOKS} == {p for p in PAGES if p.startswith("chap")}
+    found = {str(p.relative_to(ROOT).with_suffix("")) for p in NOTEBOOKS}
+    assert found == {p for p in PAGES if p.startswith("chapters/")}
+
+
+def test_a_chapter_is_a_story_and_its_three_pages():
+    folders = {p.parent for p in NOTEBOOKS}
+    pages = {f.name: sorted(kind(p) for p in f.glob("*.ipynb")) for f in folders}
+    assert {n: k for n, k in pages.items() if len(k) > 1 and k != sorted(["story", *KINDS])} == {}
 
 
 @on_notebooks
@@ -71,7 +98,7 @@ def test_bootstrap_cell_follows_the_configured_address(path):
 
 def test_address_is_written_in_one_place_only():
     files = subprocess.run(
-        ["git", "grep", "-lF", ADDRESS, "--", ":!chapters/*.ipynb"],
+        ["git", "grep", "-lF", ADDRESS, "--", ":!chapters/*/*.ipynb"],
         cwd=ROOT, capture_output=True, text=True,
     ).stdout.split()  # fmt: skip
     assert files == ["_config.yml"]
@@ -100,21 +127,36 @@ def test_bootstrap_fetches_the_library_where_it_is_missing(tmp_path):
     assert done.stdout.split() == [str(tmp_path / "bpfree-book/bpfree/__init__.py"), "True"]
 
 
-@on_chapters
-def test_chapter_has_its_blocks_in_order(path):
+@on_notebooks
+def test_page_has_its_blocks_in_order(path):
     headings = re.findall(r"^## (.+?)\s*$", prose(path), flags=re.M)
-    expected = APPENDIX_BLOCKS if is_appendix(path) else BLOCKS
-    assert [h for h in headings if h in BLOCKS] == expected
-    assert ":::{admonition} At a glance" in prose(path)
+    expected, _ = BLOCKS[kind(path)]
+    assert [h for h in headings if h in expected] == expected
 
 
-@on_chapters
+@on_notebooks
+def test_page_is_read_in_one_sitting(path):
+    page = built(path.relative_to(ROOT).with_suffix(""))
+    words = len(page.find("article").get_text().split())
+    assert words <= BLOCKS[kind(path)][1]
+
+
+@on_stories
+def test_story_opens_with_the_rules_drawing_and_says_how_long_it_takes(path):
+    opening = prose(path).partition("## Setup")[0]
+    drawing = re.search(r":::\{figure\} \S+/figures/paths-[\w-]+\.svg\n:alt: (.{40,})", opening)
+    assert drawing, "no drawing, or no alternative text of at least a sentence"
+    assert ":::{admonition} At a glance" in opening
+
+
+@pytest.mark.parametrize("path", [p for p in NOTEBOOKS if kind(p) in ("exercises", "speed")],
+                         ids=lambda p: p.stem)  # fmt: skip
 def test_chapter_has_solved_exercises_and_a_project(path):
     text = prose(path)
     exercises = set(re.findall(r"\{exercise(?:-start)?\}[^\n]*\n:label: (\S+)", text))
     solutions = set(re.findall(r":::+\{solution(?:-start)?\} (\S+)", text))
     assert solutions <= exercises
-    assert len(solutions) >= (3 if is_appendix(path) else 6)
+    assert len(solutions) >= (3 if kind(path) == "speed" else 6)
     assert len(exercises - solutions) >= 1  # the project has no published answer
 
 

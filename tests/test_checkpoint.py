@@ -15,8 +15,11 @@ import torch
 from tqdm import tqdm
 
 import bpfree
-from bpfree import checkpoint, cli, recipes, results, train
-from bpfree.recipe import Recipe
+from bpfree import recipes, results
+from bpfree.experiments import cli
+from bpfree.experiments.recipe import Recipe
+from bpfree.training import checkpoint
+from bpfree.training import fit as train
 
 SMALL = Recipe(
     name="small",

@@ -15,10 +15,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 import bpfree
-from bpfree import device as on_device
-from bpfree import fit, lockstep
+from bpfree import fit
 from bpfree.data import Data
-from bpfree.train import OutOfTime
+from bpfree.training import device as on_device
+from bpfree.training import lockstep
+from bpfree.training.fit import OutOfTime
 
 every_rule = pytest.mark.parametrize("name", RULES)
 

@@ -8,8 +8,9 @@ import sys
 import pytest
 import torch
 
-from bpfree import cli, fit, recipes, results
-from bpfree.recipe import Recipe
+from bpfree import fit, recipes, results
+from bpfree.experiments import cli
+from bpfree.experiments.recipe import Recipe
 
 SMALL = Recipe(
     name="small",
@@ -133,8 +134,12 @@ def test_recorded_results_of_the_book_are_of_its_recipes():
 
 def test_inputs_are_shifted_as_the_recipe_says(folder, monkeypatch):
     seen = []
-    monkeypatch.setattr("bpfree.recipe.fit", lambda make, data, **k: seen.append(data) or fit(
-        make, data, **k))  # fmt: skip
+
+    def spy(make, data, **options):
+        seen.append(data)
+        return fit(make, data, **options)
+
+    monkeypatch.setattr("bpfree.experiments.recipe.fit", spy)
     monkeypatch.setitem(recipes.RECIPES, "small", dataclasses.replace(SMALL, shift=-0.5))
     run(folder, "--seeds", "0")
     (data,) = seen
@@ -311,7 +316,7 @@ def test_interruption_is_one_line_that_says_how_to_go_on(folder, monkeypatch, ca
     def interrupt(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("bpfree.recipe.fit", interrupt)
+    monkeypatch.setattr("bpfree.experiments.recipe.fit", interrupt)
     assert run(folder) == 130
     assert "`bpfree run` goes on where it was" in capsys.readouterr().err
 

@@ -10,7 +10,7 @@ from oracles import error_and_target, generator, mlp_problem
 
 import bpfree
 from bpfree import recipes, results
-from bpfree.recipe import Recipe
+from bpfree.experiments.recipe import Recipe
 
 sys.path.insert(0, str(results.ROOT / "figures"))
 import robustness  # noqa: E402

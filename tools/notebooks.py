@@ -1,10 +1,12 @@
 """Make the chapters' notebooks from their text twins, with the outputs of a fresh run.
 
-    python tools/notebooks.py [NAME ...]     write and run chapters/NAME.ipynb (default: all)
+    python tools/notebooks.py [NAME ...]     write and run these pages (default: all); a folder's
+                                             name stands for its pages
     python tools/notebooks.py --check        exit 1 unless each notebook is its twin
 
-The twin, chapters/text/NAME.md, is what is edited and reviewed. ``{{ repository }}`` in it stands
-for the address in _config.yml, the only place where that is written.
+The twin of chapters/FOLDER/NAME.ipynb, chapters/text/FOLDER/NAME.md, is edited and reviewed.
+``{{ repository }}`` in it stands for the address in _config.yml, the only place where that is
+written.
 """
 
 from __future__ import annotations
@@ -23,6 +25,11 @@ def repository() -> str:
     import yaml
 
     return yaml.safe_load((ROOT / "_config.yml").read_text())["repository"]["url"]
+
+
+def notebook(twin: Path) -> Path:
+    """The notebook whose twin this is."""
+    return (CHAPTERS / twin.relative_to(CHAPTERS / "text")).with_suffix(".ipynb")
 
 
 def render(twin: Path):
@@ -45,24 +52,25 @@ def run(twin: Path) -> None:
     import nbformat
     from nbclient import NotebookClient
 
-    nb = render(twin)
+    nb, path = render(twin), notebook(twin)
+    path.parent.mkdir(exist_ok=True)
     # coalesced: how often the kernel flushed its output must not show
     settings = dict(timeout=600, kernel_name="python3", coalesce_streams=True)
-    NotebookClient(nb, **settings, resources={"metadata": {"path": str(CHAPTERS)}}).execute()
+    NotebookClient(nb, **settings, resources={"metadata": {"path": str(path.parent)}}).execute()
     for cell in nb.cells:
         cell.metadata.pop("execution", None)  # timestamps
         for output in cell.get("outputs", []):
             output.get("metadata", {}).pop("execution", None)
     nb.metadata["language_info"] = {"name": "python"}
     nbformat.validate(nb)
-    nbformat.write(nb, CHAPTERS / f"{twin.stem}.ipynb")
+    nbformat.write(nb, path)
 
 
 def differs(twin: Path) -> str | None:
     """What sets the notebook apart from its twin, or None."""
     import nbformat
 
-    path = CHAPTERS / f"{twin.stem}.ipynb"
+    path = notebook(twin)
     if not path.exists():
         return f"{path.name} is missing"
     ours, theirs = render(twin).cells, nbformat.read(path, 4).cells
@@ -79,12 +87,12 @@ def main() -> int:
     parser.add_argument("names", nargs="*")
     parser.add_argument("--check", action="store_true")
     args = parser.parse_args()
-    twins = sorted((CHAPTERS / "text").glob("*.md"))
+    twins = sorted((CHAPTERS / "text").glob("*/*.md"))
     if args.names:
         wanted = {re.sub(r"\.(md|ipynb)$", "", Path(n).name) for n in args.names}
-        if missing := wanted - {t.stem for t in twins}:
+        if missing := wanted - {name for t in twins for name in (t.stem, t.parent.name)}:
             parser.error(f"no twin for {', '.join(sorted(missing))}")
-        twins = [t for t in twins if t.stem in wanted]
+        twins = [t for t in twins if wanted & {t.stem, t.parent.name}]
     if args.check:
         problems = [p for p in map(differs, twins) if p]
         print("\n".join(problems) or f"{len(twins)} notebooks are their twins'")
@@ -92,7 +100,7 @@ def main() -> int:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     for twin in twins:
         run(twin)
-        print(f"chapters/{twin.stem}.ipynb")
+        print(notebook(twin).relative_to(ROOT), flush=True)
     return 0
 
 

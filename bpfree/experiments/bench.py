@@ -10,13 +10,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import results, rules
-from .data import Data
-from .device import can_record, generator_on
-from .lockstep import Lockstep
-from .measure import peak_memory
-from .network import Network, mlp
-from .style import RULES as LOOKS
+from .. import rules
+from ..data import Data
+from ..measure import peak_memory
+from ..network import Network, mlp
+from ..style import RULES as LOOKS
+from ..training.device import can_record, generator_on
+from ..training.lockstep import Lockstep
+from . import results
 from .timing import NETWORKS, SGD, compare, plain
 
 RULES = {name: getattr(rules, name) for name in LOOKS if name not in ("Frozen", "Shuffled")}

@@ -10,10 +10,10 @@ import time
 
 import torch
 
+from ..data import DamagedFile
+from ..training.device import PRECISIONS, keep_freed_memory
+from ..training.fit import OutOfTime
 from . import bench, recipes, results
-from .data import DamagedFile
-from .device import PRECISIONS, keep_freed_memory
-from .train import OutOfTime
 
 
 def _seeds(text: str) -> list[int]:

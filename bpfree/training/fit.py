@@ -15,13 +15,13 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from ..block import example, one_of
+from ..data import Data
+from ..rule import Rule
 from . import checkpoint as checkpoints
-from .block import example, one_of
 from .check import check_rule, check_update
-from .data import Data
 from .device import PRECISIONS
 from .lockstep import Lockstep, Optimizer
-from .rule import Rule
 
 sgd = partial(torch.optim.SGD, lr=0.1, momentum=0.9)
 

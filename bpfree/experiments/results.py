@@ -15,14 +15,14 @@ from pathlib import Path
 
 import torch
 
+from ..style import label
+from ..training.checkpoint import digest, write_atomic
+from ..training.fit import Diverged, Run
 from . import recipes
-from .checkpoint import digest, write_atomic
 from .recipe import Recipe
-from .style import label
-from .train import Diverged, Run
 
 FORMAT = "bpfree-result/1"
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 KEYS = {"test_accuracy", "diverged", "seconds", "seeds_together", "device"}  # of each run
 PROBE = 512  # training images on which alignment with backprop is measured
 

@@ -7,11 +7,11 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
-from .block import Masks, Tensors
-from .data import Data
+from ..block import Masks, Tensors
+from ..data import Data
+from ..measure import alignment
+from ..rule import Rule, like_parameter
 from .device import Replay, can_record, generator_on, precision
-from .measure import alignment
-from .rule import Rule, like_parameter
 
 Optimizer = torch.optim.Optimizer
 AHEAD = 64  # steps for which an accelerator draws dropout masks at once

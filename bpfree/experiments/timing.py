@@ -14,7 +14,7 @@ from functools import partial
 import torch
 from torch import nn
 
-from .network import Network, convnet, mlp
+from ..network import Network, convnet, mlp
 
 # name -> network (from a generator) and batch size; the first are the peers' of the field
 NETWORKS: dict[str, tuple[Callable[[torch.Generator], Network], int]] = {

@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 
-from . import network, rules
-from .data import Data, load
-from .rule import Rule
-from .train import Run, fit
+from .. import network, rules
+from ..data import Data, load
+from ..rule import Rule
+from ..training.fit import Run, fit
 
 
 @dataclasses.dataclass(frozen=True)

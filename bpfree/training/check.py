@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from .block import Tensors
-from .data import Data
+from ..block import Tensors
+from ..data import Data
+from ..rule import Rule, check_batch
 from .device import precision
-from .rule import Rule, check_batch
 
 
 def check_rule(rule: Rule, data: Data, rules: list[Rule]) -> None:

@@ -11,7 +11,7 @@ from oracles import RULES, copies, generator, global_generator_untouched, plain_
 
 import bpfree
 from bpfree import alignment, fit
-from bpfree.check import check_update
+from bpfree.training.check import check_update
 
 every_rule = pytest.mark.parametrize("name", RULES)
 plain_sgd = partial(torch.optim.SGD, lr=0.1)
