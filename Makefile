@@ -6,19 +6,42 @@ BIN := $(VENV)/bin
 # One thread: small matrices gain little from more, and numbers do not depend on the machine's cores
 export OMP_NUM_THREADS := 1
 
-.PHONY: book test lab notebooks figures env lint clean
+# The numbers of another processor: no vector instructions but the oldest, another order of sums
+OTHER := ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 MKL_CBWR=COMPATIBLE
+UNITS := $(BIN)/pytest tests --ignore=tests/test_book.py --ignore=tests/test_browser.py -p no:nbval
+PAGES := $(BIN)/pytest --nbval chapters --ignore=chapters/text --dist loadfile
+
+.PHONY: book test test-units test-mutants test-pages test-book test-arithmetic test-threads lab notebooks figures env lint clean
 
 book: env
 	$(BIN)/jupyter-book build . --quiet
 	@echo
 	@echo "The book is built. Open file://$(CURDIR)/_build/html/index.html"
 
-test: env lint
-	$(BIN)/pytest tests --ignore=tests/test_book.py -n 2 -p no:nbval
+test: lint test-units test-mutants test-pages test-book test-arithmetic test-threads
+
+test-units: env
+	$(UNITS) -n 2
+
+test-mutants: env
 	$(BIN)/python tests/mutate.py
-	$(BIN)/pytest --nbval chapters --ignore=chapters/text -n 2 --dist loadfile
+
+test-pages: env
+	$(PAGES) -n 2
+
+test-book: env
 	$(BIN)/jupyter-book build . --all --quiet -W -n --keep-going
-	$(BIN)/pytest tests/test_book.py -p no:nbval
+	$(BIN)/pytest tests/test_book.py tests/test_browser.py -p no:nbval
+
+# What may not depend on the machine: every page, and the tests that compare numbers. A compiler of
+# PyTorch's looks at the real processor, so it is left out.
+test-arithmetic: env
+	$(OTHER) $(UNITS) -n 2 -m "not compiles and not processes"
+	$(OTHER) $(PAGES) -n 2
+
+test-threads: env
+	OMP_NUM_THREADS=2 OMP_WAIT_POLICY=passive $(UNITS) -m "not compiles and not processes"
+	OMP_NUM_THREADS=2 OMP_WAIT_POLICY=passive $(PAGES)
 
 lint: env
 	$(BIN)/ruff check .

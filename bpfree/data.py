@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import math
 import os
 from functools import cached_property
 from pathlib import Path
@@ -44,8 +45,12 @@ class DamagedFile(ValueError):
 class Data:
     """A data set resident on one device.
 
-    Images are uint8, (N, channels, height, width); ``scale`` brings them to [0, 1], to which
-    ``shift`` is added. Labels are int64, (N,), in 0..num_classes-1.
+    Images are (N, channels, height, width), uint8 or floating point; ``scale`` brings them to
+    [0, 1], to which ``shift`` is added. Labels are (N,), integers in 0..num_classes-1. What
+    ``torch.as_tensor`` takes is converted, NumPy arrays say.
+
+    Raises:
+        TypeError, ValueError: for what is not so, by name.
     """
 
     name: str
@@ -55,6 +60,38 @@ class Data:
     test_y: Tensor
     scale: float
     shift: float = 0.0
+
+    def __post_init__(self):
+        for part in ("train", "test"):
+            x, y = (self._numbers(f"{part}_{axis}") for axis in "xy")
+            if x.dim() < 2 or len(x) == 0:
+                raise ValueError(f"{part}_x must be (N >= 1, ...), got {tuple(x.shape)}")
+            if x.shape[1:] != self.train_x.shape[1:]:
+                raise ValueError(
+                    f"test_x must hold samples of train_x's shape {tuple(self.train_x.shape[1:])}, "
+                    f"got {tuple(x.shape[1:])}"
+                )
+            if y.is_floating_point() or y.dtype == torch.bool:
+                raise TypeError(f"{part}_y must hold integer class indices, got {y.dtype}")
+            if y.shape != (len(x),):
+                raise ValueError(f"{part}_y must have shape ({len(x)},), got {tuple(y.shape)}")
+            if y.device.type == "cpu" and y.min() < 0:  # elsewhere it would wait for the device
+                raise ValueError(f"{part}_y must hold classes >= 0, got {int(y.min())}")
+            object.__setattr__(self, f"{part}_y", y.long())
+        if not (math.isfinite(self.scale) and math.isfinite(self.shift)):
+            raise ValueError(f"scale and shift must be finite, got {self.scale}, {self.shift}")
+
+    def _numbers(self, name: str) -> Tensor:
+        """A field as a tensor of real numbers, from now on."""
+        given = getattr(self, name)
+        try:
+            tensor = torch.as_tensor(given)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise TypeError(f"{name} must be a tensor or an array of numbers: {error}") from error
+        if tensor.is_complex():
+            raise TypeError(f"{name} must hold real numbers, got {tensor.dtype}")
+        object.__setattr__(self, name, tensor)
+        return tensor
 
     @property
     def num_classes(self) -> int:
@@ -92,7 +129,7 @@ class Data:
 def data_root(root: str | os.PathLike | None = None) -> Path:
     """Folder of the data sets: the argument, else ``BPFREE_DATA``, else the user's cache folder."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return Path(root or os.environ.get("BPFREE_DATA") or cache / "bpfree")
+    return Path(root or os.environ.get("BPFREE_DATA") or cache / "bpfree").expanduser()
 
 
 def load(

@@ -43,7 +43,7 @@ def alignment(
         params, state: the rule's own by default; a slice of stacks under ``torch.vmap``.
     """
     if params is None:
-        check_batch(rule.net, x, y)
+        check_batch(rule, x, y)
         params, state = rule.params(), rule.state()
     y, weights = y.long(), {n: params[n] for n, _ in rule.net.named_parameters()}
     ours = rule.update(params, state, x, y, masks={}).grads

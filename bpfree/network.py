@@ -37,19 +37,15 @@ class Network(nn.Sequential):
 
     Raises:
         TypeError: if something in the chain is not a ``Block``.
-        ValueError: if blocks do not fit together, or share a parameter.
+        ValueError: if blocks do not fit together, share a parameter, or have a weight that is
+            computed (pruned, say).
     """
 
     def __init__(self, *blocks: Block, input_shape: Sequence[int] | None = None):
         super().__init__(*blocks)
         if not blocks:
             raise ValueError("a network needs at least one Block, got none")
-        for i, block in enumerate(blocks, 1):
-            if not isinstance(block, Block):
-                raise TypeError(f"block {i} must be a Block, got {type(block).__name__}")
-        parameters = [p for block in blocks for p in block.parameters()]
-        if len({id(p) for p in parameters}) != len(parameters):
-            raise ValueError("blocks must not share parameters: a weight occurs in two blocks")
+        self.plan()
         if input_shape is None:
             if blocks[0].is_conv:
                 raise ValueError("input_shape=(channels, height, width) is needed for a Conv2d")
@@ -85,7 +81,39 @@ class Network(nn.Sequential):
     def _fixed(self, *args) -> None:
         raise TypeError("a Network's shapes are fixed: build a new one with Network(*blocks)")
 
-    append = extend = insert = pop = __setitem__ = __delitem__ = _fixed
+    append = extend = insert = pop = __setitem__ = __delitem__ = __iadd__ = __imul__ = _fixed
+
+    def add_module(self, name: str, module: nn.Module | None) -> None:
+        """As ``nn.Module`` has it, while the network is built."""
+        if "shapes" in self.__dict__:
+            self._fixed()
+        super().add_module(name, module)
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if isinstance(value, nn.Module):
+            self._fixed()
+        super().__setattr__(name, value)
+
+    def plan(self) -> list[tuple]:
+        """What rules rely on, block by block: maps with weights of their own, then phi."""
+        plan, seen = [], set()
+        for i, block in enumerate(self, 1):
+            if not isinstance(block, Block):
+                raise TypeError(f"block {i} must be a Block, got {type(block).__name__}")
+            linear = block.linear
+            weight = linear._parameters.get("weight")
+            if weight is None:
+                raise ValueError(
+                    f"block {i} must own its weight as a parameter, but here it is computed from "
+                    "others, as pruning and parametrisations do: make that permanent first "
+                    "(torch.nn.utils.prune.remove, parametrize.remove_parametrizations)"
+                )
+            if seen & (own := {id(p) for p in linear.parameters()}):
+                raise ValueError("blocks must not share parameters: a weight occurs in two blocks")
+            seen |= own
+            shape = None if linear.bias is None else linear.bias.shape
+            plan.append((weight.shape, shape, block.activation, block.pool))
+        return plan
 
     @property
     def num_classes(self) -> int:

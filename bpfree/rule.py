@@ -10,7 +10,9 @@ does the rest, the same for all:
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterable
+from itertools import zip_longest
 from typing import NamedTuple
 
 import torch
@@ -68,7 +70,8 @@ class Rule(nn.Module):
         if len(net.shapes[-1]) != 1 or net.num_classes < 2:
             raise ValueError(f"{name} needs logits of shape (B, C >= 2), got (B, {net.shapes[-1]})")
         self.__dict__["net"] = net  # past nn.Module.__setattr__, which would adopt it
-        self.generator = generator
+        self.generator, self._plan = generator, net.plan()
+        self._steps: list[int] | None = None  # how often what learns had changed at the last call
 
     # ---- what a subclass says -------------------------------------------------------------------
 
@@ -96,11 +99,10 @@ class Rule(nn.Module):
         """New values of parts of the state, or {}; asked for by ``fit`` before each epoch."""
         return {}
 
-    def own_grads(self, grads: Tensors) -> Tensors:
-        """Gradients of what the rule itself learns, from those of the weights; keys ``rule.*``.
-
-        A rule with parameters of its own must override it.
-        """
+    def beside(self) -> dict[str, tuple[str, float]]:
+        """{own parameter: (weight, share)}: what learns beside a weight gets that share of its
+        gradient, and rests while the weight is frozen. A rule with parameters of its own must
+        override it."""
         return {}
 
     # ---- what the library does ------------------------------------------------------------------
@@ -109,6 +111,13 @@ class Rule(nn.Module):
         """Everything that learns: the network's parameters, and the rule's own as ``rule.*``."""
         own = {f"rule.{name}": p for name, p in self.named_parameters()}
         return {**dict(self.net.named_parameters()), **own}
+
+    def learning(self) -> Tensors:
+        """Those of ``params()`` that learn: not what is frozen, nor what would learn beside it."""
+        params, beside = self.params(), self.beside()
+        needs = (params[beside[n][0] if n in beside else n] for n in params)
+        return {n: p for (n, p), q in zip(params.items(), needs, strict=True)
+                if p.requires_grad and q.requires_grad}  # fmt: skip
 
     def state(self) -> Tensors:
         """Everything that is fixed: the rule's buffers."""
@@ -155,7 +164,8 @@ class Rule(nn.Module):
                 grads[f"{l}.linear.{name}"] = grad
         if next(signals, None) is not None:
             raise ValueError(f"{type(self).__name__} must give {wanted} signals, gave more")
-        grads |= self.own_grads(grads)
+        # new tensors: two parameters must not share a gradient that is added to in place
+        grads |= {own: share * grads[name] for own, (name, share) in self.beside().items()}
         for name, p in params.items():
             got = tuple(grads[name].shape) if name in grads else "none"
             if got != tuple(p.shape):
@@ -177,14 +187,36 @@ class Rule(nn.Module):
         Raises:
             TypeError, ValueError: for input that is not so; nothing is changed then.
         """
-        check_batch(self.net, x, y)
-        params = self.params()
-        update = self.update(params, self.state(), x, y, self.generator, keep_signals=False)
-        for name, p in params.items():
-            if p.requires_grad:
-                grad = like_parameter(update.grads[name], p)
-                p.grad = grad if p.grad is None else p.grad.add_(grad)
+        check_batch(self, x, y)
+        learning = self.learning()
+        self._warn_of_what_rests(learning)
+        update = self.update(
+            self.params(), self.state(), x, y, self.generator, keep_signals=False
+        )  # fmt: skip
+        for name, p in learning.items():
+            grad = like_parameter(update.grads[name], p)
+            p.grad = grad if p.grad is None else p.grad.add_(grad)
         return update.loss
+
+    def _warn_of_what_rests(self, learning: Tensors) -> None:
+        """Once, if the weights were stepped since the last call and what the rule learns was not:
+        its gradients pile up, and it trains as another rule."""
+        own = [n for n in learning if n.startswith("rule.")]
+        if not own or self._steps == []:
+            return
+        before, self._steps = self._steps, [p._version for p in learning.values()]
+        if before is None or len(before) != len(self._steps):
+            return
+        moved = {n for n, a, b in zip(learning, before, self._steps, strict=True) if a != b}
+        if moved and not moved & set(own):
+            self._steps = []
+            name = type(self).__name__
+            warnings.warn(
+                f"{name} learns {', '.join(n.removeprefix('rule.') for n in own)} beside the "
+                "weights, but the optimiser steps the weights alone: give it "
+                "[*net.parameters(), *rule.parameters()]",
+                stacklevel=3,
+            )
 
 
 def like_parameter(grad: Tensor, p: Tensor) -> Tensor:
@@ -194,8 +226,18 @@ def like_parameter(grad: Tensor, p: Tensor) -> Tensor:
     return grad.to(p.dtype) if same else torch.empty_like(p).copy_(grad)
 
 
-def check_batch(net: Network, x: Tensor, y: Tensor) -> None:
-    """Raise unless x is a finite float batch and y are class indices that fit ``net``."""
+def check_batch(rule: Rule, x: Tensor, y: Tensor) -> None:
+    """Raise unless x is a finite float batch and y are class indices that fit the rule's network,
+    and that is still the one it was made for."""
+    net = rule.net
+    for i, (was, now) in enumerate(zip_longest(rule._plan, net.plan()), 1):
+        if was != now:
+            raise ValueError(
+                f"the network is not what {type(rule).__name__} was made for: block {i} was {was}, "
+                f"is {now} (shapes of weight and bias, activation, pool); make a new rule for it"
+            )
+    if net[-1].dropout:
+        raise ValueError(f"the last block gives logits, without dropout, got {net[-1].dropout}")
     if not (isinstance(x, Tensor) and isinstance(y, Tensor)):
         raise TypeError(f"x and y must be tensors, got {type(x).__name__} and {type(y).__name__}")
     if not x.is_floating_point():

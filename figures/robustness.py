@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from bpfree import recipes, results
 from bpfree.data import Data
 from bpfree.experiments.recipe import Recipe
+from bpfree.experiments.record import PROBE, record
 from bpfree.training.device import keep_freed_memory
 
 EXPERIMENT = "ekdaa-fc-fashion-mnist"  # how the names of its recipes begin
@@ -31,8 +32,8 @@ LEVELS = (0, 2, 4, 8, 16, 32)  # epsilon in grey levels, of 255
 def trained(recipe: Recipe, seed: int, data: Data, folder: str | None = None) -> nn.Module:
     """The network of a recorded run; ``record`` finds its checkpoint, and trains nothing."""
     checkpoint = results.path(f"{recipe.name}.{seed}", folder).with_suffix(".ckpt")
-    run = recipe.fit(data, [seed], probe=results.PROBE, checkpoint=checkpoint)
-    results.record(recipe, [seed], folder=folder)
+    run = recipe.fit(data, [seed], probe=PROBE, checkpoint=checkpoint)
+    record(recipe, [seed], folder=folder)
     return run.rules[0].net.eval()
 
 

@@ -76,7 +76,7 @@ MUTANTS = [
     Mutant("rule.py", "            if p.requires_grad:", "            if True:",
            "frozen parameters get gradients",
            "test_rule.py::test_backward_leaves_parameters_that_need_no_gradient_alone"),
-    Mutant("rules/feedback.py", "return {f\"rule.B{l}\": ", "return {f\"rule.B{l}\": 0 * ",
+    Mutant("rules/feedback.py", 'linear.weight", 1.0)', 'linear.weight", 0.0)',
            "Kolen-Pollack's feedback learns nothing", "test_equivalence.py::"
            "test_T2_kolen_pollack_feedback_approaches_the_weights_at_the_rate_of_the_decay"),
     # ---- feedback and its options ----
@@ -130,7 +130,7 @@ MUTANTS = [
     Mutant("training/fit.py", "value[bad >= 0] = torch.nan", "pass",
            "numbers of a seed that diverged", "test_fit.py::"
            "test_a_seed_that_diverged_has_no_numbers_from_there_though_its_stack_goes_on"),
-    Mutant("training/device.py", 'allow_tf32=name == "tf32"', "allow_tf32=True",
+    Mutant("training/device.py", '["tf32" if tf32 else "ieee"]', '["tf32"]',
            "float32 convolutions are TF32", "test_device.py::"
            "test_precision_is_what_was_asked_for_inside_and_what_it_was_outside[float32]"),
     Mutant("training/lockstep.py", "{**rule.params(), **rule.state()}.items()",
@@ -143,7 +143,8 @@ MUTANTS = [
     Mutant("rules/ekdaa.py", "W.clone() if", "W if",
            "feedback that is the weights, not a copy",
            "test_ekdaa.py::test_feedback_starts_as_a_copy_of_the_weights_and_draws_nothing"),
-    Mutant("rules/ekdaa.py", "self.gamma * grads", "grads", "gamma without effect",
+    Mutant("rules/ekdaa.py", 'linear.weight", self.gamma)', 'linear.weight", 1.0)',
+           "gamma without effect",
            "test_equivalence.py::"
            "test_T8_feedback_less_gamma_times_the_weights_shrinks_with_the_decay_alone"),
     Mutant("rules/ekdaa.py", "torch.promote_types(t.a.dtype, torch.float32)", "t.a.dtype",
@@ -177,12 +178,21 @@ MUTANTS = [
     Mutant("measure.py", "2 * torch.atan2((u - v).norm(), (u + v).norm())",
            "torch.acos((u * v).sum().clamp(-1, 1))", "small angles lose their digits",
            "test_measure.py::test_tiny_angles_keep_their_digits"),
-    Mutant("experiments/results.py", "{**defaults, **result", "{**result",
+    Mutant("experiments/record.py", "{**defaults, **result", "{**result",
            "a new field makes every record another recipe's", "test_results.py::"
            "test_a_field_newer_than_the_file_is_good_at_its_default_alone"),
-    Mutant("experiments/results.py", "[\"runs\"] | runs", "[\"runs\"] and runs",
+    Mutant("experiments/record.py", "runs = {**result[\"runs\"], **new}", "runs = new",
            "seeds of another process are lost", "test_results.py::"
            "test_a_seed_that_another_process_recorded_meanwhile_stays"),
+    Mutant("rule.py", "if was != now:", "if False:",
+           "a network changed under its rule", "test_rule.py::"
+           "test_a_network_changed_after_its_rule_was_made_is_refused_and_not_trained"),
+    Mutant("rule.py", "if p.requires_grad and q.requires_grad", "if p.requires_grad",
+           "feedback learns beside a frozen weight",
+           "test_rule.py::test_feedback_beside_a_frozen_weight_rests_with_it"),
+    Mutant("training/fit.py", "~(values[0] <= LARGEST_LOSS)", "~values[0].isfinite()",
+           "a loss of 10^20 is training",
+           "test_fit.py::test_a_loss_out_of_every_sensible_range_has_diverged"),
     Mutant("training/check.py", "own[key].mul_(-1e3).add_(1)", "pass",
            "a rule may read itself", "test_fit.py::"
            "test_a_rule_whose_update_is_not_pure_is_told_so_and_left_as_it_was"),

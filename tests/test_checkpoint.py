@@ -49,7 +49,7 @@ def curves(folder):
 
 
 def run(folder, *args):
-    return cli.main(["run", "small", "--quiet", "--results", str(folder), *args])
+    return cli.main(["run", "small", "--quiet", "--jobs=1", "--results", str(folder), *args])
 
 
 def fitted(recipe=SMALL, shift=0.0, **changes):
@@ -230,6 +230,40 @@ def test_functions_and_scales_are_settings_too(tmp_path, few_digits):
             train(**other)
 
 
+@pytest.mark.parametrize("where", ["option", "closure of a function of no tensor"])
+def test_a_function_among_a_rules_options_counts_by_what_it_computes(where, tmp_path, few_digits):
+    class WithFunction(bpfree.Backprop):
+        def __init__(self, net, f):
+            super().__init__(net)
+            self.f = f
+
+    def train(sign):
+        given = (lambda a: torch.tanh(sign * a)) if where == "option" else lambda: sign
+
+        def make(g):
+            return WithFunction(bpfree.mlp(64, 8, 10, generator=g), given)
+
+        bpfree.fit(make, few_digits, epochs=1, checkpoint=tmp_path / "c")
+
+    train(1)
+    train(1)
+    with pytest.raises(ValueError, match="other settings"):
+        train(-1)
+
+
+def test_another_target_of_ekdaa_is_not_taken_up(tmp_path, few_digits):
+    def train(f):
+        def make(g):
+            net = bpfree.convnet((1, 8, 8), (3,), num_classes=10, trunk="identity", generator=g)
+            return bpfree.EKDAA(net, target_activation=f)
+
+        bpfree.fit(make, few_digits, epochs=1, checkpoint=tmp_path / "c")
+
+    train(lambda a: torch.tanh(a))
+    with pytest.raises(ValueError, match="other settings"):
+        train(lambda a: torch.tanh(-a))
+
+
 def test_damaged_or_foreign_checkpoint_is_named_and_left_alone(tmp_path):
     file = tmp_path / "c"
     checkpoint.save(file, {"w": torch.arange(1000.0)}, "f")
@@ -286,7 +320,7 @@ def test_all_works_through_recipes_and_says_which_lack_data(folder, monkeypatch,
     lacking = dataclasses.replace(SMALL, name="lacking", data="mnist")
     monkeypatch.setattr(recipes, "RECIPES", {"lacking": lacking, "small": SMALL})
     monkeypatch.setenv("BPFREE_DATA", str(folder / "nowhere"))
-    args = ["run", "--all", "--quiet", "--results", str(folder)]
+    args = ["run", "--all", "--quiet", "--jobs=1", "--results", str(folder)]
     assert cli.main(args) == 0
     printed = capsys.readouterr().out
     assert "lacking: not run" in printed

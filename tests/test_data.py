@@ -2,9 +2,11 @@
 
 import dataclasses
 import hashlib
+import math
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from sklearn.datasets import load_digits
@@ -107,6 +109,50 @@ def test_the_root_is_the_argument_else_the_variable_else_the_cache(monkeypatch, 
     assert data_root() == Path.home() / ".cache" / "bpfree"
 
 
+@pytest.mark.parametrize("where", ["argument", "variable"])
+def test_a_tilde_is_the_home_folder(where, monkeypatch):
+    monkeypatch.setenv("BPFREE_DATA", "~/data")
+    assert data_root("~/data" if where == "argument" else None) == Path.home() / "data"
+    assert bpfree.results.path("x", "~/runs") == Path.home() / "runs" / "x.json"
+
+
+# ---- data of one's own ---------------------------------------------------------------------------
+
+
+def mine(**changes):
+    x, y = np.zeros((6, 1, 2, 2), np.uint8), np.arange(6) % 3
+    fields = dict(train_x=x, train_y=y, test_x=x[:2], test_y=y[:2].tolist(), scale=1.0)
+    return Data("mine", **fields | changes)
+
+
+def test_arrays_and_lists_become_tensors_that_train():
+    data = mine()
+    assert data.train_x.dtype == torch.uint8
+    assert data.train_y.dtype == data.test_y.dtype == torch.int64
+    make = lambda g: bpfree.Backprop(bpfree.mlp(4, 3, 3, generator=g))  # noqa: E731
+    assert bpfree.fit(make, data.to("cpu"), epochs=1, batch_size=3).train_loss.shape == (1, 1)
+
+
+@pytest.mark.parametrize(
+    "changes, exception, message",
+    [
+        ({"train_x": [["a"]]}, TypeError, "train_x must be a tensor or an array of numbers"),
+        ({"train_x": np.zeros(6)}, ValueError, r"train_x must be \(N >= 1, ...\), got \(6,\)"),
+        ({"train_x": np.zeros((0, 4))}, ValueError, r"train_x must be.*got \(0, 4\)"),
+        ({"train_x": np.zeros((6, 4), complex)}, TypeError, "train_x must hold real.*complex128"),
+        ({"test_x": np.zeros((2, 1, 3, 3))}, ValueError, r"test_x.*\(1, 2, 2\).*\(1, 3, 3\)"),
+        ({"train_y": np.zeros(6)}, TypeError, "train_y must hold integer.*float64"),
+        ({"train_y": np.zeros((6, 3), int)}, ValueError, r"train_y .*\(6,\), got \(6, 3\)"),
+        ({"test_y": [0]}, ValueError, r"test_y must have shape \(2,\), got \(1,\)"),
+        ({"test_y": [0, -1]}, ValueError, "test_y must hold classes >= 0, got -1"),
+        ({"scale": math.nan}, ValueError, "scale.*nan"),
+    ],
+)
+def test_data_that_cannot_be_used_are_refused_when_they_are_made(changes, exception, message):
+    with pytest.raises(exception, match=message):
+        mine(**changes)
+
+
 # ---- refusals ------------------------------------------------------------------------------------
 
 FIRST_FILES = {  # data set -> its first file, by torchvision's layout
@@ -160,6 +206,7 @@ REAL = {  # name -> train images, shape, labels per class, first label, mean of 
     "mnist": (60000, (1, 28, 28), None, 5, [0.1307]),
     "fashion-mnist": (60000, (1, 28, 28), 6000, 9, [0.2860]),
     "cifar10": (50000, (3, 32, 32), 5000, 6, [0.4914, 0.4822, 0.4465]),
+    "cifar100": (50000, (3, 32, 32), 500, 19, [0.5071, 0.4865, 0.4409]),
 }
 
 
@@ -170,7 +217,8 @@ def test_a_real_data_set_has_its_known_contents(name):
     data = bpfree.load(name)
     assert data.train_x.shape == (count, *shape)
     assert data.test_x.shape == (10000, *shape)
-    assert data.num_classes == 10
+    classes = 100 if name == "cifar100" else 10
+    assert data.num_classes == classes
     assert int(data.train_y[0]) == first
     for x, y in ((data.train_x, data.train_y), (data.test_x, data.test_y)):
         assert x.dtype == torch.uint8
@@ -178,7 +226,7 @@ def test_a_real_data_set_has_its_known_contents(name):
         assert y.dtype == torch.int64
         assert y.shape == (len(x),)
     if per_class:
-        assert data.train_y.bincount().tolist() == [per_class] * 10
+        assert data.train_y.bincount().tolist() == [per_class] * classes
     pixels = data.train_x.sum((0, 2, 3)) / (data.train_x.numel() / shape[0]) * data.scale
     torch.testing.assert_close(pixels, torch.tensor(means), atol=1e-4, rtol=0)
 

@@ -2,6 +2,8 @@
 an emulation of a CUDA graph on the CPU checks everything that does not depend on the card."""
 
 import dataclasses
+import subprocess
+import sys
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from types import SimpleNamespace
@@ -163,6 +165,24 @@ def test_precision_is_what_was_asked_for_inside_and_what_it_was_outside(name):
         inside = now()
     assert now() == before
     assert inside == ("high" if name == "tf32" else "highest", name == "tf32", True, name == "bf16")
+
+
+@pytest.mark.skipif(not hasattr(torch.backends, "fp32_precision"), reason="needs torch 2.9")
+@pytest.mark.parametrize("where", ["", ".cuda.matmul", ".cudnn.conv", ".mkldnn.matmul"])
+def test_a_precision_chosen_by_torchs_newer_settings_is_left_as_it_was(where):
+    """In a process of its own: these settings cannot be taken back by the older names."""
+    program = f"""if True:
+        import torch
+        from bpfree.training import device
+        torch.backends{where}.fp32_precision = "tf32"
+        now = lambda: [s.fp32_precision for s in device._fp32_settings()]
+        before = now()
+        for name in device.PRECISIONS:
+            with device.precision(name, torch.device("cpu")):
+                assert set(now()) == {{"tf32" if name == "tf32" else "ieee"}}
+            assert now() == before
+    """
+    subprocess.run([sys.executable, "-c", program], check=True)
 
 
 def test_a_compiled_step_trains_as_the_step_itself(few_digits):

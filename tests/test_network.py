@@ -352,9 +352,17 @@ def test_an_index_is_a_block(either):
 
 def test_a_network_grown_in_place_keeps_its_shapes_in_step_or_refuses():
     net = bpfree.mlp(3, 4, 2, generator=generator())
-    with suppress(TypeError, NotImplementedError, AttributeError):
-        net.append(Block(nn.Linear(2, 7), "identity"))
-    assert net.shapes[-1] == tuple(net(torch.ones(1, 3)).shape[1:])
+    last = Block(nn.Linear(2, 7), "identity")
+
+    def add():
+        nonlocal net
+        net += nn.Sequential(last)
+
+    for grow in (lambda: net.append(last), lambda: net.add_module("2", last),
+                 lambda: setattr(net, "more", last), add):  # fmt: skip
+        with suppress(TypeError, NotImplementedError, AttributeError):
+            grow()
+        assert net.shapes[-1] == tuple(net(torch.ones(1, 3)).shape[1:])
 
 
 # ---- refusals ------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ import torch
 from bpfree import fit, recipes, results
 from bpfree.experiments import cli
 from bpfree.experiments.recipe import Recipe
+from bpfree.experiments.record import record
 
 SMALL = Recipe(
     name="small",
@@ -32,7 +33,7 @@ def folder(tmp_path, monkeypatch):
 
 
 def run(folder, *args):
-    return cli.main(["run", "small", "--quiet", "--results", str(folder), *args])
+    return cli.main(["run", "small", "--quiet", "--jobs=1", "--results", str(folder), *args])
 
 
 def test_every_recipe_builds_its_rule_and_forward_pass():
@@ -129,7 +130,7 @@ def test_recorded_results_of_the_book_are_of_its_recipes():
     for name, recipe in recipes.RECIPES.items():
         if results.path(name).exists():
             seeds = [int(seed) for seed in results.read(name)["runs"]]
-            assert results.record(recipe, seeds)["runs"], name
+            assert record(recipe, seeds)["runs"], name
 
 
 def test_inputs_are_shifted_as_the_recipe_says(folder, monkeypatch):
@@ -171,11 +172,11 @@ def test_a_seed_that_another_process_recorded_meanwhile_stays(folder, monkeypatc
 
     def slow(recipe, data, seeds, **options):
         if list(seeds) == [0]:
-            results.record(recipe, [1], folder=folder)
+            record(recipe, [1], folder=folder)
         return fit(recipe, data, seeds, **options)
 
     monkeypatch.setattr(Recipe, "fit", slow)
-    results.record(recipes.get("small"), [0], folder=folder)
+    record(recipes.get("small"), [0], folder=folder)
     assert set(results.read("small", folder)["runs"]) == {"0", "1"}
 
 
@@ -189,7 +190,7 @@ def test_many_seeds_together_have_a_checkpoint_with_a_short_name(folder, monkeyp
     monkeypatch.setattr(Recipe, "fit", stop)
     for seeds in (range(100), range(101)):
         with pytest.raises(KeyboardInterrupt):
-            results.record(recipes.get("small"), seeds, folder=folder, device="meta")
+            record(recipes.get("small"), seeds, folder=folder, device="meta")
     assert max(map(len, names)) < 100
     assert len(set(names)) == 2
 

@@ -3,17 +3,26 @@
 from __future__ import annotations
 
 import argparse
+import codecs
 import math
 import os
 import sys
 import time
+from collections import defaultdict
+from collections.abc import Sequence
+from contextlib import closing
 
 import torch
+from tqdm import tqdm
 
 from ..data import DamagedFile
 from ..training.device import PRECISIONS, keep_freed_memory
 from ..training.fit import OutOfTime
 from . import bench, recipes, results
+from .recipe import Recipe
+from .record import cores, record, record_at_once
+
+PLAIN = defaultdict(lambda: "?", {ord("±"): "+-"})  # of what we print beyond ASCII
 
 
 def _seeds(text: str) -> list[int]:
@@ -28,6 +37,13 @@ def _seeds(text: str) -> list[int]:
             f"seeds must look like 0:3, 5 or 0,4, all distinct; got {text!r}"
         )
     return seeds
+
+
+def _count(text: str) -> int:
+    """A whole number, at least 1."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number, at least 1; got {text!r}")
+    return int(text)
 
 
 def _device(text: str) -> str:
@@ -74,6 +90,11 @@ def _parser() -> argparse.ArgumentParser:
         help="such as 9m, 90s or 2h: no epoch but a seed's first is begun that would end later; the"
         " same command goes on from there",
     )  # fmt: skip
+    run.add_argument(
+        "--jobs", type=_count, metavar="N",
+        help="seeds trained at once on a CPU, a process and a thread each (default: all cores; 1:"
+        " in this process, with PyTorch's threads)",
+    )  # fmt: skip
     run.add_argument("--seeds", type=_seeds, help="0:3, 5 or 0,4 (default: the recipe's)")
     run.add_argument("--precision", choices=PRECISIONS, default="float32")
     run.add_argument("--compile", action="store_true", help="torch.compile the step: for long runs")
@@ -94,26 +115,62 @@ def _list(args: argparse.Namespace) -> None:
 def _run(args: argparse.Namespace) -> None:
     if args.all == bool(args.names):
         raise ValueError("name the recipes to run, or say --all, not both (bpfree list)")
-    deadline = None if args.budget is None else time.monotonic() + args.budget
-    for recipe in [recipes.get(name) for name in args.names or recipes.RECIPES]:
-        try:
-            result = results.record(
-                recipe, args.seeds or recipe.seeds, data_root=args.data, device=args.device,
-                precision=args.precision, compile=args.compile, folder=args.results,
-                progress=not args.quiet, deadline=deadline,
-            )  # fmt: skip
-        except (FileNotFoundError, DamagedFile) as error:
-            if not args.all:
-                raise
-            print(f"{recipe.name}: not run, {error}", flush=True)
-            continue
-        accuracy = results.spread(results.final(result))
-        unit = "" if accuracy == "diverged" else " %"
-        print(f"{recipe.name}: {accuracy}{unit} over {len(result['runs'])} seeds", flush=True)
+    chosen = [recipes.get(name) for name in args.names or recipes.RECIPES]
+    on_cpu = torch.device(args.device).type == "cpu"
+    if args.jobs and not on_cpu:
+        raise ValueError("--jobs is for a CPU: a GPU trains all seeds of a recipe at once")
+    options = dict(
+        data_root=args.data, device=args.device, precision=args.precision, compile=args.compile,
+        folder=args.results, progress=not args.quiet,
+        deadline=None if args.budget is None else time.monotonic() + args.budget,
+    )  # fmt: skip
+    late = None
+    if on_cpu and (jobs := args.jobs or cores()) > 1:
+        ended = record_at_once(chosen, args.seeds, jobs, **options)
+    else:
+        ended = ((r, _attempt(r, args.seeds or r.seeds, options)) for r in chosen)
+    with closing(ended):
+        for recipe, result in ended:
+            late = late or (result if isinstance(result, OutOfTime) else None)
+            if isinstance(result, dict):
+                accuracy = results.spread(results.final(result))
+                unit = "" if accuracy == "diverged" else " %"
+                _say(f"{recipe.name}: {accuracy}{unit} over {len(result['runs'])} seeds")
+            elif args.all and isinstance(result, (FileNotFoundError, DamagedFile)):
+                _say(f"{recipe.name}: not run, {result}")
+            elif not isinstance(result, OutOfTime):
+                raise result
+    if late:
+        raise late
+
+
+def _say(line: str) -> None:
+    """A line above the progress bars, now."""
+    tqdm.write(line)
+    sys.stdout.flush()
+
+
+def _attempt(recipe: Recipe, seeds: Sequence[int], options: dict) -> dict | Exception:
+    """The record, or what kept one from it."""
+    try:
+        return record(recipe, seeds, **options)
+    except Exception as error:
+        return error
+
+
+def _write_what_the_terminal_knows() -> None:
+    """Output in an encoding without a character has "+-" for the plus-minus sign, else "?"."""
+    codecs.register_error(
+        "bpfree", lambda e: (e.object[e.start : e.end].translate(PLAIN), e.end)
+    )  # fmt: skip
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a file of its own kind may stand there
+            stream.reconfigure(errors="bpfree")
 
 
 def main(argv: list[str] | None = None) -> int:
     """Entry point. Exit status 2: a mistake or a full disk, told in one line; 3: out of time."""
+    _write_what_the_terminal_knows()
     args = _parser().parse_args(argv)
     keep_freed_memory()
     try:

@@ -1,6 +1,6 @@
 """The recorded experiments, chapter by chapter, each with the paper's number where it has one.
 
-``bpfree list`` shows them, ``bpfree run NAME`` trains them (``results.record``).
+``bpfree list`` shows them, ``bpfree run NAME`` trains them (record.py).
 """
 
 from __future__ import annotations

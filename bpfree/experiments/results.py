@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
-import math
 import os
 import platform
 import shutil
@@ -16,20 +14,17 @@ from pathlib import Path
 import torch
 
 from ..style import label
-from ..training.checkpoint import digest, write_atomic
-from ..training.fit import Diverged, Run
+from ..training.checkpoint import write_atomic
 from . import recipes
-from .recipe import Recipe
 
 FORMAT = "bpfree-result/1"
 ROOT = Path(__file__).resolve().parents[2]
 KEYS = {"test_accuracy", "diverged", "seconds", "seeds_together", "device"}  # of each run
-PROBE = 512  # training images on which alignment with backprop is measured
 
 
 def path(name: str, folder: str | os.PathLike | None = None) -> Path:
     """Where a recipe's result is: ``folder``, by default figures/results of this checkout."""
-    return Path(folder or ROOT / "figures" / "results") / f"{name}.json"
+    return Path(folder or ROOT / "figures" / "results").expanduser() / f"{name}.json"
 
 
 def read(name: str, folder: str | os.PathLike | None = None) -> dict:
@@ -60,90 +55,6 @@ def write_json(file: Path, content: dict) -> None:
     """Write all of it or nothing: a reader never sees half a file."""
     text = json.dumps(content, indent=1, allow_nan=False) + "\n"
     write_atomic(file, lambda f: f.write(text.encode()))
-
-
-def record(
-    recipe: Recipe,
-    seeds: Sequence[int],
-    *,
-    data_root: str | os.PathLike | None = None,
-    device: str = "cpu",
-    precision: str = "float32",
-    compile: bool = False,
-    folder: str | os.PathLike | None = None,
-    progress: bool = False,
-    deadline: float | None = None,
-) -> dict:
-    """Train the seeds of a recipe that are not recorded yet, and add them to its file.
-
-    What is under way is in a checkpoint beside it, written after each epoch: the same call goes on
-    from there, to the same bits. On an accelerator all missing seeds are trained at once, on a CPU
-    one after the other, each recorded when it ends. Each run says on which device, and in which
-    precision, it was made: one file may hold several.
-
-    Raises:
-        ValueError: if the file there, or a checkpoint, was made by other settings or is damaged; it
-            is left as it is.
-        OutOfTime: if ``deadline`` (``time.monotonic()``) comes first.
-        OSError: if the disk is full; what was recorded before stays.
-    """
-    optional = [f for f in dataclasses.fields(recipe) if f.default is not dataclasses.MISSING]
-    both = dataclasses.asdict(recipe), {f.name: f.default for f in optional}
-    settings, defaults = json.loads(json.dumps(both))  # tuples as the file gives them back
-    file = path(recipe.name, folder)
-    result = {"format": FORMAT, "recipe": settings, "data_checksum": None, "runs": {}}
-    if file.exists():
-        result = read(recipe.name, folder)
-        # a field that did not exist when the file was recorded had its default's effect
-        was = {**defaults, **result["recipe"]}
-        free = {"seeds", "source", "paper"}  # they decide no number
-        changed = [k for k, now in settings.items() if k not in free and now != was.get(k)]
-        if changed:
-            said = ", ".join(f"{k}={was.get(k)!r} (now {settings[k]!r})" for k in changed)
-            raise ValueError(f"{file} was recorded with {said}; move it away to record anew")
-        result["recipe"] = settings
-    for seed in result["runs"]:  # of a kill between the record and the removal of its checkpoint
-        file.with_name(f"{recipe.name}.{seed}.ckpt").unlink(missing_ok=True)
-    missing = [seed for seed in seeds if str(seed) not in result["runs"]]
-    if not missing:
-        return result
-    data = recipe.load(data_root)
-    if result["data_checksum"] not in (None, data.checksum):
-        raise ValueError(f"{file} was recorded on other data than {recipe.data} in {data_root}")
-    result["data_checksum"] = data.checksum
-    together = torch.device(device).type != "cpu"
-    made = manifest(device, precision, compile)  # before training: of the code that trains
-    for group in [missing] if together else [[seed] for seed in missing]:
-        which = group[0] if len(group) == 1 else digest(group)[:16]  # names have 255 bytes at most
-        checkpoint = file.with_name(f"{recipe.name}.{which}.ckpt")
-        try:
-            run = recipe.fit(
-                data, group, probe=PROBE, device=device, precision=precision, compile=compile,
-                progress=progress, checkpoint=checkpoint, deadline=deadline,
-            )  # fmt: skip
-        except Diverged as error:  # a result too
-            run = error.run
-        made |= {"seconds": round(run.seconds, 1), "seeds_together": len(group)}
-        runs = {str(seed): {**_curves(run, i), **made} for i, seed in enumerate(group)}
-        if file.exists():  # another process may have added seeds meanwhile
-            runs = read(recipe.name, folder)["runs"] | runs
-        result["runs"] = dict(sorted(runs.items(), key=lambda item: int(item[0])))
-        write_json(file, result)
-        checkpoint.unlink()
-    return result
-
-
-def _curves(run: Run, i: int) -> dict:
-    """The i-th seed's curves as JSON numbers; what is not a number (NaN) becomes null."""
-
-    def plain(v):
-        if isinstance(v, list):
-            return [plain(u) for u in v]
-        return round(v, 4) if math.isfinite(v) else None
-
-    names = ("train_loss", "train_accuracy", "test_accuracy", "angle", "norm")
-    curves = {name: plain(getattr(run, name)[i].tolist()) for name in names}
-    return {**curves, "diverged": run.diverged[i]}
 
 
 def manifest(device: str, precision: str = "float32", compile: bool = False) -> dict:

@@ -109,9 +109,9 @@ class EKDAA(Backprop):
         E = params[f"rule.E{l}"]
         return E.transpose(2, 3) if self.swap_axes and E.dim() == 4 else E
 
-    def own_grads(self, grads):
+    def beside(self):
         layers = range(2, len(self.net) + 1)
-        return {f"rule.E{l}": self.gamma * grads[f"{l - 1}.linear.weight"] for l in layers}
+        return {f"rule.E{l}": (f"{l - 1}.linear.weight", self.gamma) for l in layers}
 
     def descend(self, l: int, v: Tensor, t: Trace) -> Tensor:
         block, f = self.net[l - 1], self._f(l)

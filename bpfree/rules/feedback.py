@@ -108,10 +108,8 @@ class KolenPollack(FeedbackAlignment):
     def feedback(self, l, params, state):
         return params[f"rule.B{l}"]
 
-    def own_grads(self, grads):
-        # copies: two parameters must not share the memory of a gradient that is added to in place
-        layers = range(2, len(self.net) + 1)
-        return {f"rule.B{l}": grads[f"{l - 1}.linear.weight"].clone() for l in layers}
+    def beside(self):
+        return {f"rule.B{l}": (f"{l - 1}.linear.weight", 1.0) for l in range(2, len(self.net) + 1)}
 
 
 class DirectFeedbackAlignment(Rule):

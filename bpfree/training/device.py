@@ -76,21 +76,41 @@ def keep_freed_memory() -> None:
         mallopt(mmap_max, 0), mallopt(trim_threshold, 2**31 - 1)
 
 
+def _fp32_settings() -> list:
+    """What holds the precision of float32 products; [] before PyTorch 2.9, which had two flags."""
+    b = torch.backends
+    if not hasattr(b, "fp32_precision"):
+        return []
+    return [b.cuda.matmul, b.cudnn.conv, b.cudnn.rnn, b.mkldnn.matmul, b.mkldnn.conv]
+
+
 @contextmanager
 def precision(name: str, device: torch.device) -> Iterator[None]:
     """``"float32"``, on the device too; ``"tf32"``: products of factors with 11 significant bits;
-    ``"bf16"``: autocast, 8 bits. Convolutions are deterministic. All is restored afterwards."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("high" if name == "tf32" else "highest")
+    ``"bf16"``: autocast, 8 bits. Convolutions are deterministic. All is restored afterwards,
+    whether the caller had set it by torch's older or newer names."""
+    cudnn, settings, tf32 = torch.backends.cudnn, _fp32_settings(), name == "tf32"
+    before = [s.fp32_precision for s in settings]
+    flags = cudnn.benchmark, cudnn.deterministic
+    older = None
+    with suppress(RuntimeError):  # the older names cannot say what was set by the newer ones
+        older = torch.get_float32_matmul_precision(), cudnn.allow_tf32
+
+    def choose(matmul: str, conv: bool, newer: list[str]) -> None:
+        torch.set_float32_matmul_precision(matmul)
+        cudnn.allow_tf32 = conv
+        for setting, value in zip(settings, newer, strict=True):
+            setting.fp32_precision = value
+
+    choose("high" if tf32 else "highest", tf32, ["tf32" if tf32 else "ieee"] * len(settings))
+    cudnn.benchmark, cudnn.deterministic = False, True
     # a recorded step must not keep the cast weights of another
     cast = torch.autocast(
         device.type, torch.bfloat16, enabled=name == "bf16", cache_enabled=False
     )  # fmt: skip
-    cudnn = torch.backends.cudnn.flags(
-        enabled=True, benchmark=False, deterministic=True, allow_tf32=name == "tf32"
-    )
     try:
-        with cudnn, cast:
+        with cast:
             yield
     finally:
-        torch.set_float32_matmul_precision(before)
+        choose(*(older or ("highest", True)), before)
+        cudnn.benchmark, cudnn.deterministic = flags

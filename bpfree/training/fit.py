@@ -10,12 +10,13 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ..block import example, one_of
+from ..block import one_of
 from ..data import Data
 from ..rule import Rule
 from . import checkpoint as checkpoints
@@ -40,12 +41,18 @@ class Run:
     test_accuracy: Tensor  # (S, epochs) % after the epoch
     angle: Tensor  # (S, epochs + 1, L) degrees to backprop's update, before and after each epoch
     norm: Tensor  # (S, epochs + 1, L) norm relative to backprop's update
-    diverged: list[int | None]  # per seed: the epoch (1, 2, ...) whose loss was not finite
+    diverged: list[int | None]  # per seed: the epoch (1, 2, ...) whose loss was out of range
     seconds: float  # of training, all seeds, interruptions not counted
 
 
+# Nats. Half a batch's samples would have logits over 2^24, where float32 has no two numbers less
+# than a nat apart and knows no probability but 0 and 1. Recorded runs that came back had seen 2^10.
+LARGEST_LOSS = 2.0**24
+
+
 class Diverged(FloatingPointError):
-    """The loss of a seed was not finite. ``run`` has the curves of all seeds, NaN from there."""
+    """The loss of a seed was not finite, or over ``LARGEST_LOSS``. ``run`` has the curves of all
+    seeds, NaN from there on."""
 
     def __init__(self, message: str, run: Run):
         super().__init__(message)
@@ -66,7 +73,7 @@ def fit(
     device: torch.device | str = "cpu",
     precision: str = "float32",
     compile: bool = False,
-    progress: bool = False,
+    progress: bool | dict[str, Any] = False,
     checkpoint: str | os.PathLike | None = None,
     deadline: float | None = None,
 ) -> Run:
@@ -74,7 +81,8 @@ def fit(
 
     Each seed has its own generator, from which its initial weights, feedback, batch order and
     dropout come; so its result is the same, up to rounding, whether it is trained alone or with
-    others. A seed whose loss is not finite stops; the others go on to their end.
+    others. A seed whose mean loss in an epoch is not finite, or over 2^24 nats, stops; the others
+    go on to their end.
 
     Args:
         make: builds a network and returns its rule, drawing only from the generator given.
@@ -91,7 +99,7 @@ def fit(
         precision: of the training step: ``"float32"``, ``"tf32"`` or ``"bf16"``; measures are taken
             in float32.
         compile: hand the step to ``torch.compile`` first; a quarter of a minute, so for long runs.
-        progress: show a progress bar.
+        progress: show a progress bar; or the keywords of ``tqdm`` for one.
         checkpoint: file written after each epoch, from which the same call resumes to the bit. One
             file per seed, ``NAME.seedN``, where seeds are trained one after the other.
         deadline: ``time.monotonic()`` by which to stop, at the end of an epoch; a seed's first
@@ -103,7 +111,7 @@ def fit(
             whose update reads itself or writes to what it is given, or a checkpoint that is
             damaged, foreign, or of other settings.
         OutOfTime: if the deadline comes first.
-        Diverged: a ``FloatingPointError``, at the end, if the loss of a seed was not finite.
+        Diverged: a ``FloatingPointError``, at the end, if a seed stopped for its loss.
         OSError: if a checkpoint cannot be written; the one before it is whole.
     """
     if not isinstance(epochs, numbers.Integral) or epochs < 1:
@@ -121,7 +129,8 @@ def fit(
     rates = [1.0 if schedule is None else schedule(epoch) for epoch in range(epochs)]
     groups = [seeds] if vectorize else [[seed] for seed in seeds]
     data, rules, parts, seconds = data.to(device), [], [], 0.0
-    with tqdm(total=epochs * len(groups), disable=not progress, unit="epoch") as bar:
+    look = progress if isinstance(progress, dict) else {"disable": not progress}
+    with tqdm(total=epochs * len(groups), unit="epoch", **look) as bar:
         for group in groups:
             generators = [torch.Generator().manual_seed(seed) for seed in group]
             made = [make(generator) for generator in generators]
@@ -130,7 +139,7 @@ def fit(
                 rule.to(device).net.to(device).train()
                 check_update(rule, data, batch_size)
             lockstep = Lockstep(made, generators, data, batch_size, optimizer, precision, compile)
-            file = None if checkpoint is None else Path(checkpoint)
+            file = None if checkpoint is None else Path(checkpoint).expanduser()
             if file and len(groups) > 1:
                 file = file.with_name(f"{file.name}.seed{group[0]}")
             curves, spent = _train(lockstep, group, rates, probe, file, deadline, bar)
@@ -144,6 +153,19 @@ def fit(
     return run
 
 
+def _computes(option: object, device: torch.device) -> object:
+    """An option; for a function, whose name may stand for another one tomorrow, also what it makes
+    of some numbers or, if it takes none, its code."""
+    if not callable(option):
+        return option
+    try:
+        return option, option(torch.linspace(-2, 2, 2 * 3 * 8 * 8, device=device).view(2, 3, 8, 8))
+    except Exception:  # of whatever kind: it is not a function of a tensor
+        code, cells = (getattr(option, f"__{k}__", None) for k in ("code", "closure"))
+        held = [cell.cell_contents for cell in cells or ()]
+        return option, code and [code.co_code.hex(), code.co_names, *code.co_consts, *held]
+
+
 def _fingerprint(lockstep: Lockstep, seeds: list[int], rates: list[float], probe: int) -> str:
     """Of everything that decides a run: a checkpoint of another one must not continue it."""
     rule, data, defaults = lockstep.rules[0], lockstep.data, lockstep.opt.defaults
@@ -151,13 +173,13 @@ def _fingerprint(lockstep: Lockstep, seeds: list[int], rates: list[float], probe
     start = [lockstep.state_dict()[k] for k in ("params", "state", "generators")]
     kinds = [type(o).__name__ for o in (rule, lockstep.opt)]
     torchs = vars(torch.nn.Module())
-    parts = [{k: v for k, v in vars(p).items() if k not in torchs} for p in (rule, *rule.net)]
-    options = [repr(rule.net), *parts]
-    # functions of one name may differ in what they compute
-    given = [block for block in rule.net if callable(block.activation)]
-    computed = [block.act(example(block.linear).to(lockstep.device)) for block in given]
+    options = [
+        {k: _computes(v, lockstep.device) for k, v in vars(part).items()
+         if k not in torchs and k not in ("_plan", "_steps")}
+        for part in (rule, *rule.net)
+    ]  # fmt: skip
     return checkpoints.digest([
-        kinds, options, computed, shapes, start, seeds, rates, probe, lockstep.batch_size,
+        kinds, repr(rule.net), options, shapes, start, seeds, rates, probe, lockstep.batch_size,
         lockstep.precision, lockstep.compile, defaults, data.scale, data.shift, data.checksum,
     ])  # fmt: skip
 
@@ -198,7 +220,7 @@ def _train(
         for name, value in zip(names, values, strict=False):
             value[bad >= 0] = torch.nan  # a seed that has stopped, though its stack goes on
             curves[name].append(value)
-        bad[~values[0].isfinite() & (bad < 0)] = epoch
+        bad[~(values[0] <= LARGEST_LOSS) & (bad < 0)] = epoch
         longest = max(longest, time.monotonic() - start)
         spent += time.monotonic() - start
         if file:

@@ -42,8 +42,7 @@ class Lockstep:
         self.net, self.dtype = rules[0].net, rules[0].net.weights()[0].dtype
         self.params = _stack([r.params() for r in rules])
         self.state = _stack([r.state() for r in rules])
-        learning = [name for name, p in rules[0].params().items() if p.requires_grad]
-        self.learning = {name: self.params[name] for name in learning}
+        self.learning = {name: self.params[name] for name in rules[0].learning()}
         self.opt = optimizer(list(self.learning.values()))
         self.rates = [group["lr"] for group in self.opt.param_groups]
         self.rate, self.replay = None, None

@@ -1,0 +1,226 @@
+"""Training what is not recorded yet: seed by seed, on a CPU as many at once as it has cores."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import multiprocessing
+import os
+import signal
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock, Timeout
+from tqdm import tqdm
+
+from ..training.checkpoint import digest
+from ..training.device import keep_freed_memory
+from ..training.fit import Diverged, OutOfTime, Run
+from .recipe import Recipe
+from .results import FORMAT, manifest, path, read, write_json
+
+PROBE = 512  # training images on which alignment with backprop is measured
+
+
+def record(
+    recipe: Recipe,
+    seeds: Sequence[int],
+    *,
+    data_root: str | os.PathLike | None = None,
+    device: str = "cpu",
+    precision: str = "float32",
+    compile: bool = False,
+    folder: str | os.PathLike | None = None,
+    progress: bool | dict[str, Any] = False,
+    deadline: float | None = None,
+) -> dict:
+    """Train the seeds of a recipe that are not recorded yet, and add them to its file.
+
+    What is under way is in a checkpoint beside it, written after each epoch: the same call goes on
+    from there, to the same bits. On an accelerator all missing seeds are trained at once, on a CPU
+    one after the other, each recorded when it ends. Each run says on which device, and in which
+    precision, it was made: one file may hold several. A seed that another process is training is
+    left to it.
+
+    Raises:
+        ValueError: if the file there, or a checkpoint, was made by other settings or is damaged; it
+            is left as it is.
+        OutOfTime: if ``deadline`` (``time.monotonic()``) comes first.
+        OSError: if the disk is full; what was recorded before stays.
+    """
+    file = path(recipe.name, folder)
+    result = _so_far(recipe, folder)
+    for seed in result["runs"]:  # of a kill between the record and the removal of its checkpoint
+        file.with_name(f"{recipe.name}.{seed}.ckpt").unlink(missing_ok=True)
+    missing = [seed for seed in seeds if str(seed) not in result["runs"]]
+    if not missing:
+        return result
+    if deadline is not None and time.monotonic() > deadline:
+        raise OutOfTime(f"stopped before seeds {missing} of {recipe.name}")
+    data = recipe.load(data_root)
+    if result["data_checksum"] not in (None, data.checksum):
+        raise ValueError(f"{file} was recorded on other data than {recipe.data} in {data_root}")
+    made = manifest(device, precision, compile)  # before training: of the code that trains
+    file.parent.mkdir(parents=True, exist_ok=True)
+    together = torch.device(device).type != "cpu"
+    for group in [missing] if together else [[seed] for seed in missing]:
+        which = group[0] if len(group) == 1 else digest(group)[:16]  # names have 255 bytes at most
+        checkpoint = file.with_name(f"{recipe.name}.{which}.ckpt")
+        try:
+            with _lock(checkpoint, timeout=0):
+                if all(str(seed) in _so_far(recipe, folder)["runs"] for seed in group):
+                    continue  # recorded by another process while this one trained others
+                try:
+                    run = recipe.fit(
+                        data, group, probe=PROBE, device=device, precision=precision,
+                        compile=compile, progress=progress, checkpoint=checkpoint,
+                        deadline=deadline,
+                    )  # fmt: skip
+                except Diverged as error:  # a result too
+                    run = error.run
+                how = {"seconds": round(run.seconds, 1), "seeds_together": len(group)}
+                new = {
+                    str(seed): {**_curves(run, i), **made, **how} for i, seed in enumerate(group)
+                }
+                with _lock(file):  # others may add theirs to the same file
+                    result = _so_far(recipe, folder)
+                    runs = {**result["runs"], **new}
+                    result["runs"] = dict(sorted(runs.items(), key=lambda item: int(item[0])))
+                    write_json(file, {**result, "data_checksum": data.checksum})
+                checkpoint.unlink()
+        except Timeout:
+            tqdm.write(f"{recipe.name}: another process is training seed {group}")
+    return _so_far(recipe, folder)
+
+
+def _lock(file: Path, timeout: float = -1) -> FileLock:
+    """Holds off other processes that would write this file; ends with its process. It is a file
+    itself, where no reader of results sees it."""
+    name = f"bpfree-{digest([str(file.resolve())])[:32]}.lock"
+    return FileLock(Path(tempfile.gettempdir()) / name, timeout)
+
+
+def _so_far(recipe: Recipe, folder: str | os.PathLike | None) -> dict:
+    """What is recorded of a recipe, none of it if there is no file; ValueError if the file there is
+    of other settings."""
+    optional = [f for f in dataclasses.fields(recipe) if f.default is not dataclasses.MISSING]
+    both = dataclasses.asdict(recipe), {f.name: f.default for f in optional}
+    settings, defaults = json.loads(json.dumps(both))  # tuples as the file gives them back
+    file = path(recipe.name, folder)
+    if not file.exists():
+        return {"format": FORMAT, "recipe": settings, "data_checksum": None, "runs": {}}
+    result = read(recipe.name, folder)
+    # a field that did not exist when the file was recorded had its default's effect
+    was = {**defaults, **result["recipe"]}
+    free = {"seeds", "source", "paper"}  # they decide no number
+    changed = [k for k, now in settings.items() if k not in free and now != was.get(k)]
+    if changed:
+        said = ", ".join(f"{k}={was.get(k)!r} (now {settings[k]!r})" for k in changed)
+        raise ValueError(f"{file} was recorded with {said}; move it away to record anew")
+    return {**result, "recipe": settings}
+
+
+def _curves(run: Run, i: int) -> dict:
+    """The i-th seed's curves as JSON numbers; what is not a number (NaN) becomes null."""
+
+    def plain(v):
+        if isinstance(v, list):
+            return [plain(u) for u in v]
+        return round(v, 4) if math.isfinite(v) else None
+
+    names = ("train_loss", "train_accuracy", "test_accuracy", "angle", "norm")
+    curves = {name: plain(getattr(run, name)[i].tolist()) for name in names}
+    return {**curves, "diverged": run.diverged[i]}
+
+
+# ---- several seeds at once on a CPU --------------------------------------------------------------
+
+
+def cores() -> int:
+    """Those that this process may use."""
+    affinity = getattr(os, "sched_getaffinity", None)
+    return len(affinity(0)) if affinity else os.cpu_count() or 1
+
+
+def record_at_once(
+    recipes: Sequence[Recipe],
+    seeds: Sequence[int] | None,
+    jobs: int,
+    *,
+    folder: str | os.PathLike | None = None,
+    **options: Any,
+) -> Iterator[tuple[Recipe, dict | Exception]]:
+    """``record`` with ``jobs`` seeds at once, of one recipe or of several: a process and a thread
+    each, the first recipes first.
+
+    Yields each recipe when its last seed has ended, with its record or what kept one from it. Where
+    the caller stops early, an interrupt say, all processes end at once; their checkpoints stay.
+    """
+    left: dict[str, set[Future]] = {}
+    failed: dict[str, Exception] = {}
+    with _workers(jobs) as submit:
+        for recipe in recipes:
+            known = _so_far(recipe, folder)["runs"]
+            missing = [s for s in seeds or recipe.seeds if str(s) not in known]
+            left[recipe.name] = {submit(recipe, seed, folder, options) for seed in missing}
+        named = {recipe.name: recipe for recipe in recipes}
+        owner = {future: name for name, futures in left.items() for future in futures}
+        for name in [name for name, futures in left.items() if not futures]:
+            yield named[name], _so_far(named[name], folder)
+        for future in as_completed(owner):
+            name = owner[future]
+            if (error := future.exception()) is not None:
+                failed.setdefault(name, error)
+            left[name].discard(future)
+            if not left[name]:
+                yield named[name], failed.get(name) or _so_far(named[name], folder)
+
+
+@contextmanager
+def _workers(jobs: int) -> Iterator[Any]:
+    """A function that hands a seed to the next free of ``jobs`` processes, as a ``Future``."""
+    spawn = multiprocessing.get_context("spawn")  # a fork would inherit PyTorch's threads
+    slots = spawn.SimpleQueue()
+    for slot in range(jobs):
+        slots.put(slot)
+    pool = ProcessPoolExecutor(jobs, spawn, _start, (spawn.RLock(), slots))
+
+    def submit(*args: Any) -> Future:
+        # a process that starts now ignores Ctrl-C for ever: it is for this one to stop all
+        before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+        try:
+            return pool.submit(_one, *args)
+        finally:
+            signal.signal(signal.SIGINT, before)
+
+    try:
+        yield submit
+    except BaseException:
+        pool.shutdown(wait=False, cancel_futures=True)
+        for process in multiprocessing.active_children():
+            process.terminate()
+        raise
+    finally:
+        pool.shutdown()
+
+
+def _start(lock: Any, slots: Any) -> None:
+    """In a new process: one thread, and a line of its own for its progress bar."""
+    global _slot
+    _slot = slots.get()
+    tqdm.set_lock(lock)
+    torch.set_num_threads(1)
+    keep_freed_memory()
+
+
+def _one(recipe: Recipe, seed: int, folder: str | os.PathLike | None, options: dict) -> None:
+    bar = {"position": _slot, "desc": f"{recipe.name} {seed}", "leave": False}
+    options |= {"progress": bar if options.get("progress") else False}
+    record(recipe, [seed], folder=folder, **options)
