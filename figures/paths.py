@@ -1,129 +1,325 @@
-"""The book's central drawing: one network, and the path of the teaching signal under each rule.
+"""The book's drawings of rules: one network, and the path of the teaching signal under each.
 
-python figures/paths.py        writes figures/paths.svg
+python figures/paths.py        writes figures/paths-NAME.svg, for the stories and the landing page
 """
 
 from __future__ import annotations
 
+import io
+import re
 from pathlib import Path
 
 import matplotlib.pyplot as plt
+from matplotlib.colors import to_rgb
+from matplotlib.patches import Circle, FancyArrowPatch
+from matplotlib.path import Path as Curve
 
 from bpfree import style
 
-FORWARD = "#999999"
-UP, SIGNAL = 0.0, 1.25  # horizontal places of the activities and of the teaching signals
-ACTIVITY = {0: r"$x$", 1: r"$h_1$", 2: r"$h_2$", 3: r"$p$"}
+# lengths are pixels of the drawing at its own size, y upwards
+PIXEL = 0.72  # points
+WIDTH, STEP, RADIUS = 190, 62, 14  # of a panel, of a block, of a node
+UP, MIDDLE, SIGNAL = 36, 79, 122  # columns: activities, differences, teaching signals
+GREY, INK = "#8A8A8A", "#444444"
+ACTIVITY = ("$x$", "$h_1$", "$h_2$", "$p$")
+SYMBOLS = (
+    r"$x$ input    $h_1, h_2$ hidden activities    $p$ output    $e=p-y$ error    "
+    r"$\delta$ teaching signal of a block"
+)
 
-# rule -> (where the signal starts, labels of the arrows into delta_2 and delta_1, chain or
-# broadcast, the formula below the panel)
-PANELS = {
-    "Backprop": ("e", (r"$W_3$", r"$W_2$"), True, r"$\delta_l=\phi'\odot(\delta_{l+1}W_{l+1})$"),
+# rule -> (matrices of blocks 2 and 1, what happens in a few words, the formula)
+RULES = {
+    "Backprop": (
+        ("$W_3$", "$W_2$"), "the error goes down\nthrough the weights",
+        r"$\delta_l=\phi'\odot(\delta_{l+1}W_{l+1})$",
+    ),
     "FeedbackAlignment": (
-        "e", (r"$B_3$", r"$B_2$"), True, r"$\delta_l=\phi'\odot(\delta_{l+1}B_{l+1})$",
+        ("$B_3$", "$B_2$"), "the same way, through\nfixed random matrices",
+        r"$\delta_l=\phi'\odot(\delta_{l+1}B_{l+1})$",
     ),
     "SignSymmetry": (
-        "e", (r"$\pm S_3$", r"$\pm S_2$"), True,
-        r"$\delta_l=\phi'\odot(\delta_{l+1}(\mathrm{sign}\,W_{l+1}\odot S_{l+1}))$",
+        (r"$\pm S_3$", r"$\pm S_2$"), "the same way, only the\nweights' signs are read",
+        r"$B_l=\mathrm{sign}\,W_l\odot S_l$",
     ),
     "KolenPollack": (
-        "e", (r"$B_3\!\to\! W_3$", r"$B_2\!\to\! W_2$"), True,
-        r"as FA, and $\Delta B_l=\Delta W_l$",
+        (r"$B_3$", r"$B_2$"), "the same way, and each\nB learns with its W",
+        r"$\Delta B_l=\Delta W_l$",
     ),
-    "DirectFeedbackAlignment": ("e", (r"$D_2$", r"$D_1$"), False, r"$\delta_l=\phi'\odot(e\,D_l)$"),
-    "DRTP": ("y", (r"$D_2$", r"$D_1$"), False, r"$\delta_l=\phi'\odot(y\,D_l)$"),
-    "PEPITA": None,  # teaches by a second pass: drawn by itself
+    "DirectFeedbackAlignment": (
+        ("$D_2$", "$D_1$"), "straight to each block,\nfixed random matrices",
+        r"$\delta_l=\phi'\odot(e\,D_l)$",
+    ),
+    "DRTP": (
+        ("$D_2$", "$D_1$"), "straight to each block,\nthe target, no error",
+        r"$\delta_l=\phi'\odot(y\,D_l)$",
+    ),
+    "PEPITA": (
+        (), "to the input: a second\npass forward teaches", r"$\delta_l=h_l-h_l^{\mathrm{err}}$",
+    ),
     "EKDAA": (
-        "e", (r"$E_3$", r"$E_2$"), True, r"$\delta_l=h_l-\phi(a_l-\beta\,\delta_{l+1}E_{l+1})$",
+        ("$E_3$", "$E_2$"), "error kernels move each\nactivity to a target",
+        r"$\delta_l=h_l-\phi(a_l-\beta\,\delta_{l+1}E_{l+1})$",
     ),
 }  # fmt: skip
 
+# what stands beside a panel drawn alone: marks on the drawing, and what they say there
+STEPS = {
+    "Backprop": (
+        ("What backprop asks for", ""),
+        ("transposed weights", "the way back reads every $W$ of the way up"),
+        ("a backward phase", "a second sweep, in which nothing else happens"),
+        ("stored activities", "kept, and no weight moved, until the error is back"),
+        ("a global error", "one vector $e$, on which every block depends"),
+    ),
+    "PEPITA": (
+        ("Twice forward, never back", ""),
+        ("first pass", "the network answers; the error is $e=p-y$"),
+        ("to the input", r"$x^{\mathrm{err}}=x+e\,F^{\top}$, with a fixed random $F$"),
+        ("second pass", "the same weights, from the changed input"),
+        ("difference", r"each block learns from $\delta_l=h_l-h_l^{\mathrm{err}}$"),
+    ),
+    "EKDAA": (
+        ("Targets, no derivative", ""),
+        ("error kernels", "$E_l$ in the place of $W_l$; they learn beside the weights"),
+        ("target", r"what a unit should have said: $h_l^{*}=\phi(a_l-\beta\,\delta_{l+1}E_{l+1})$"),
+        ("difference", r"what it said minus the target: $\delta_l=h_l-h_l^{*}$"),
+    ),
+}  # fmt: skip
+MARKS = {  # where 1, 2, ... are, in columns and blocks
+    "Backprop": ((SIGNAL + 46, 1.5), (SIGNAL - 20, 2.42), (UP - 26, 1), (SIGNAL + 26, 3)),
+    "PEPITA": ((UP - 26, 3), (SIGNAL + 52, 2.35), (SIGNAL - 18, 0.5), (MIDDLE, 2.36)),
+    "EKDAA": ((SIGNAL + 36, 2.5), (SIGNAL + 28, 2), (MIDDLE, 2.4)),
+}
 
-def node(ax, x: float, y: float, text: str, color: str = "black", size: int = 11) -> None:
-    ax.text(
-        x, y, text, ha="center", va="center", color=color, fontsize=size, zorder=3,
-        bbox=dict(boxstyle="circle,pad=0.25", facecolor="white", edgecolor=color, linewidth=1.1),
-    )  # fmt: skip
+
+class Drawing:
+    """A sheet of paper of so many pixels."""
+
+    def __init__(self, width: float, height: float) -> None:
+        style.use()
+        fig = plt.figure(figsize=(width / 100, height / 100), layout="none")
+        self.ax = fig.add_axes((0, 0, 1, 1))
+        self.ax.set(xlim=(0, width), ylim=(0, height))
+        self.ax.axis("off")
+        self.fig = fig
+
+    def text(self, x, y, text, color="black", size=14, ha="center", va="center", **kw) -> None:
+        self.ax.text(x, y, text, color=color, fontsize=size * PIXEL, ha=ha, va=va, **kw)
+
+    def node(self, x, y, text, color, size=15, radius=RADIUS) -> None:
+        look = dict(facecolor="white", edgecolor=color, linewidth=1.2, zorder=3, clip_on=False)
+        self.ax.add_patch(Circle((x, y), radius, **look))
+        self.text(x, y - 0.5, text, dark(color), size, zorder=4)
+
+    def mark(self, x, y, number) -> None:
+        self.ax.add_patch(
+            Circle((x, y), 9, facecolor=INK, edgecolor="none", zorder=3, clip_on=False)
+        )
+        self.text(x, y - 0.5, str(number), "white", 12, fontweight="bold", zorder=4)
+
+    def arrow(self, start, end, color, dashes="-", width=2.0, gaps=(16, 16)) -> None:
+        shrink = dict(shrinkA=gaps[0] * PIXEL, shrinkB=gaps[1] * PIXEL)
+        self.head(color, dashes, width, posA=start, posB=end, **shrink)
+
+    def around(self, start, end, color, dashes) -> None:
+        """An arrow that leaves a node to the right and enters another from the right."""
+        (x, y), (_, low) = start, end
+        points = [(x + 16, y), (x + 46, y), (x + 46, low), (x + 18, low)]
+        bow = Curve(points, [Curve.MOVETO, *[Curve.CURVE4] * 3])
+        self.head(color, dashes, 2.0, path=bow)
+
+    def head(self, color, dashes, width, **kw) -> None:
+        look = dict(color=color, linestyle=dashes, linewidth=width, zorder=2, clip_on=False)
+        self.ax.add_patch(FancyArrowPatch(arrowstyle="-|>", mutation_scale=10, **look, **kw))
+
+    def teaches(self, start, block: int, x: float, y: float, color, gap=15) -> None:
+        """A dotted arrow to the weights into a block."""
+        end = (x + UP, y + (block - 0.5) * STEP)
+        self.arrow(start, end, color, (0, (1, 1.4)), width=1.3, gaps=(gap, 5))
+
+    def save(self, name: str) -> None:
+        svg = io.StringIO()
+        self.fig.savefig(svg, format="svg", metadata={"Date": None})
+        plt.close(self.fig)
+        Path(__file__).with_name(f"paths-{name}.svg").write_text(small(svg.getvalue()))
 
 
-def arrow(ax, start, end, color, linestyle="-", bend=0.0, width=1.6) -> None:
-    ax.annotate(
-        "", end, start, zorder=2,
-        arrowprops=dict(
-            arrowstyle="-|>", color=color, linestyle=linestyle, linewidth=width, shrinkA=11,
-            shrinkB=11, connectionstyle=f"arc3,rad={bend}",
-        ),
-    )  # fmt: skip
+def dark(color: str) -> tuple[float, ...]:
+    """The colour for text, with the contrast that small letters need on white."""
+    r, g, b = to_rgb(color)
+    light = 0.2126 * r + 0.7152 * g + 0.0722 * b
+    return tuple(c * min(1.0, 0.36 / light) if light else 0.0 for c in (r, g, b))
 
 
-def forward_path(ax) -> None:
-    for l, text in ACTIVITY.items():
-        node(ax, UP, l, text, "#555555")
+def small(svg: str) -> str:
+    """The same drawing in half the bytes: two decimals, no comments, short names of glyphs."""
+    for pattern, new in (
+        (r"<!--.*?-->|stroke-dashoffset: 0; ?", ""),
+        (r"\b([1-9]\d*\.\d\d)\d+", r"\1"),
+        (r"\s*\n\s*(?=[A-Zz\"])", " "),
+        (r"\n\s+", "\n"),
+        ("DejaVuSans-", "g"),
+    ):
+        svg = re.sub(pattern, new, svg)
+    return svg
+
+
+def up(draw: Drawing, x: float, y: float) -> None:
+    """The network and its first pass, the same in every panel."""
+    for l, text in enumerate(ACTIVITY):
+        draw.node(x + UP, y + l * STEP, text, INK)
         if l:
-            arrow(ax, (UP, l - 1), (UP, l), FORWARD, width=1.1)
-            ax.text(UP - 0.12, l - 0.5, rf"$W_{l}$", ha="right", va="center", color="#555555")
-    arrow(ax, (UP, 3), (SIGNAL, 3), FORWARD, width=1.1)
+            draw.arrow((x + UP, y + (l - 1) * STEP), (x + UP, y + l * STEP), GREY, width=1.5)
+            draw.text(x + UP - 8, y + (l - 0.55) * STEP, f"$W_{l}$", INK, ha="right")
+    draw.arrow((x + UP, y + 3 * STEP), (x + SIGNAL, y + 3 * STEP), GREY, width=1.5)
 
 
-def second_pass(ax, color: str, dashes) -> None:
-    """The error goes to the input, and the difference of two activities teaches."""
-    node(ax, SIGNAL, 3, "$e$", color)
-    arrow(ax, (SIGNAL, 3), (UP + 0.02, 2.5), color, ":", width=1.0)
-    arrow(ax, (SIGNAL, 3), (SIGNAL, 0), color, dashes, -0.55)
-    ax.text(SIGNAL + 0.97, 1.5, "$F$", va="center", color=color)
-    for l, text in enumerate(("x", "h_1", "h_2")):
-        node(ax, SIGNAL, l, rf"${text}^{{\mathrm{{err}}}}$", color, size=9)
-        if not l:
-            continue
-        arrow(ax, (SIGNAL, l - 1), (SIGNAL, l), color, dashes)
-        ax.text(SIGNAL + 0.1, l - 0.5, rf"$W_{l}$", va="center", color=color)
-        middle = (UP + SIGNAL) / 2
-        ax.plot((UP + 0.24, SIGNAL - 0.3), (l, l), color=color, linestyle="-", linewidth=1.0)
-        node(ax, middle, l, "$-$", color, size=7)
-        arrow(ax, (middle, l), (UP + 0.02, l - 0.5), color, ":", width=1.0)
-
-
-def other_path(ax, rule: str, color: str, dashes) -> None:
-    """Teaching signals of their own, from the output down."""
-    start, matrices, chain, _ = PANELS[rule]
-    target = start == "y"  # the error stays at the output, where it teaches the last block only
-    node(ax, SIGNAL, 3, "$e$", "#555555" if target else color)
-    arrow(ax, (SIGNAL, 3), (UP + 0.02, 2.5), "#555555" if target else color, ":", width=1.0)
+def down(draw: Drawing, rule: str, x: float, y: float, color, dashes) -> None:
+    """Teaching signals of their own, block by block or straight from the output."""
+    target, direct = rule == "DRTP", rule in ("DRTP", "DirectFeedbackAlignment")
+    top = (x + SIGNAL, y + 3 * STEP)
+    source = (top[0] + 40, top[1]) if target else top
+    mine = INK if target else color  # DRTP's error stays at the output, and teaches it only
+    draw.node(*top, "$e$", mine)
+    draw.teaches(top, 3, x, y, mine)
     if target:
-        node(ax, SIGNAL + 0.85, 3, "$y$", color)
-    for l, matrix in zip((2, 1), matrices, strict=True):
-        node(ax, SIGNAL, l, rf"$\delta_{l}$", color)
-        source = (SIGNAL + 0.85 * target, 3 if target or not chain else l + 1)
-        straight = target or source[1] == l + 1
-        arrow(ax, source, (SIGNAL, l), color, dashes, 0.0 if straight else -0.55)
-        beside = 0.72 if not straight else -0.4 if target and l == 2 else 0.14
-        x, y = (source[0] + SIGNAL) / 2 + beside, (source[1] + l) / 2
-        ax.text(x, y, matrix, va="center", color=color)
-        # what the signal teaches: the weights into block l
-        arrow(ax, (SIGNAL, l), (UP + 0.02, l - 0.5), color, ":", width=1.0)
+        draw.node(*source, "$y$", color)
+    for l, matrix in zip((2, 1), RULES[rule][0], strict=True):
+        here = (x + SIGNAL, y + l * STEP)
+        start = source if direct else (here[0], here[1] + STEP)
+        bent = direct and not target and l == 1
+        (draw.around if bent else draw.arrow)(start, here, color, dashes)
+        side, height = (42, STEP) if bent else (8, STEP / 2)
+        if target:
+            side, height = (11, STEP / 2 + 1) if l == 2 else (26, STEP - 6)
+        ha = "right" if target and l == 2 else "left"
+        draw.text(here[0] + side, here[1] + height, matrix, dark(color), ha=ha)
+        draw.node(*here, rf"$\delta_{l}$", color)
+        draw.teaches(here, l, x, y, color)
 
 
-def panel(ax, rule: str) -> None:
+def twice(draw: Drawing, x: float, y: float, color, dashes) -> None:
+    """PEPITA: the error goes to the input, and the difference of two activities teaches."""
+    top, bottom = (x + SIGNAL, y + 3 * STEP), (x + SIGNAL, y)
+    draw.node(*top, "$e$", color)
+    draw.teaches(top, 3, x, y, color)
+    draw.around(top, bottom, color, dashes)
+    draw.text(x + SIGNAL + 44, y + 1.5 * STEP, "$F$", dark(color), ha="left")
+    for l, text in enumerate(("x", "h_1", "h_2")):
+        here = (x + SIGNAL, y + l * STEP)
+        draw.node(*here, rf"${text}^{{\mathrm{{err}}}}$", color, 11.5, 15)
+        if l:
+            draw.arrow((here[0], here[1] - STEP), here, color, dashes)
+            draw.text(here[0] + 8, here[1] - STEP / 2, f"$W_{l}$", dark(color), ha="left")
+            difference(draw, l, "$-$", x, y, color)
+
+
+def targets(draw: Drawing, x: float, y: float, color, dashes) -> None:
+    """EKDAA: the feedback makes a target, and the activity minus the target teaches."""
+    start = (x + SIGNAL, y + 3 * STEP)
+    draw.node(*start, "$e$", color)
+    draw.teaches(start, 3, x, y, color)
+    for l, matrix in zip((2, 1), RULES["EKDAA"][0], strict=True):
+        here = (x + SIGNAL, y + l * STEP)
+        draw.arrow(start, here, color, dashes)
+        draw.text(here[0] + 9, here[1] + STEP / 2, matrix, dark(color), ha="left")
+        draw.node(*here, f"$h_{l}^{{*}}$", color, 13)
+        difference(draw, l, rf"$\delta_{l}$", x, y, color)
+        start = (x + MIDDLE, here[1])
+
+
+def difference(draw: Drawing, l: int, text: str, x: float, y: float, color) -> None:
+    here, radius = (x + MIDDLE, y + l * STEP), 8 if text == "$-$" else 12
+    for column in (UP, SIGNAL):
+        draw.ax.plot(
+            (x + column, here[0]), (here[1],) * 2, color=color, linestyle="-", lw=1.2, clip_on=False
+        )
+    draw.node(*here, text, color, 13, radius)
+    draw.teaches(here, l, x, y, color, gap=radius + 1)
+
+
+def panel(draw: Drawing, rule: str, x: float, y: float) -> None:
+    """A rule's network and signals, with the input's node at height ``y``."""
     look = style.line(rule)
-    forward_path(ax)
-    if PANELS[rule] is None:
-        second_pass(ax, look["color"], look["linestyle"])
-        formula = r"$\delta_l=h_l-h_l^{\mathrm{err}}$,  $x^{\mathrm{err}}=x+e F^{\!\top}$"
+    color, dashes = look["color"], look["linestyle"]
+    up(draw, x, y)
+    if rule == "PEPITA":
+        twice(draw, x, y, color, dashes)
+    elif rule == "EKDAA":
+        targets(draw, x, y, color, dashes)
     else:
-        other_path(ax, rule, look["color"], look["linestyle"])
-        formula = PANELS[rule][-1]
-    ax.text(0.75, -0.62, formula, ha="center", va="center", fontsize=9)
-    ax.text(0.75, 3.72, style.label(rule), ha="center", va="center", fontweight="bold")
-    ax.set(xlim=(-0.75, 2.35), ylim=(-0.85, 3.95), aspect="equal")
-    ax.axis("off")
+        down(draw, rule, x, y, color, dashes)
+
+
+def legend(draw: Drawing, rule: str, x: float, y: float) -> None:
+    """What the three kinds of arrows mean."""
+    look = style.line(rule)
+    entries = (
+        ("activity, forward", GREY, "-", 1.5, 128),
+        ("thick: teaching signal", look["color"], look["linestyle"], 2.0, 156),
+        ("the weights it teaches", look["color"], (0, (1, 1.4)), 1.3, 0),
+    )
+    for text, color, dashes, width, wide in entries:
+        draw.arrow((x, y), (x + 34, y), color, dashes, width=width, gaps=(0, 0))
+        draw.text(x + 41, y, text, INK, 13, ha="left")
+        x += 41 + wide + 22
+
+
+def row(name: str, rules: list[str], formulas: bool) -> None:
+    """Panels side by side, one rule each."""
+    width, foot = WIDTH * len(rules), 88 + 24 * formulas
+    draw = Drawing(width, foot + 3 * STEP + 86)
+    for i, rule in enumerate(rules):
+        x, middle = i * WIDTH + 8, (i + 0.5) * WIDTH - 2
+        panel(draw, rule, x, foot + 38)
+        color = dark(style.line(rule)["color"])
+        draw.text(middle, foot + 3 * STEP + 70, style.label(rule), color, 17, fontweight="bold")
+        if formulas:
+            draw.text(middle, foot + 4, RULES[rule][-1], size=13)
+        draw.text(middle, 90, RULES[rule][1], INK, 13, va="top", linespacing=1.25)
+        if i:
+            draw.ax.plot(
+                (i * WIDTH,) * 2, (60, foot + 3 * STEP + 78), color="#DDDDDD", ls="-", lw=1
+            )
+    legend(draw, rules[0], 12, 14)
+    draw.text(12, 36, SYMBOLS, INK, 13, ha="left")
+    draw.save(name)
+
+
+def alone(name: str, rule: str) -> None:
+    """One panel, with marks that are explained beside it."""
+    draw = Drawing(760, 3 * STEP + 110)
+    panel(draw, rule, 30, 80)
+    for i, (column, block) in enumerate(MARKS[rule]):
+        draw.mark(30 + column, 80 + block * STEP, i + 1)
+    x, y = 290, 3 * STEP + 84
+    draw.text(
+        x - 10,
+        y,
+        STEPS[rule][0][0],
+        dark(style.line(rule)["color"]),
+        17,
+        ha="left",
+        fontweight="bold",
+    )
+    for i, (head, said) in enumerate(STEPS[rule][1:]):
+        y -= 46
+        draw.mark(x, y, i + 1)
+        draw.text(x + 18, y, head, ha="left", fontweight="bold")
+        draw.text(x + 18, y - 20, said, INK, 13.5, ha="left")
+    legend(draw, rule, 12, 14)
+    draw.text(12, 36, SYMBOLS, INK, 13, ha="left")
+    draw.save(name)
 
 
 def main() -> None:
-    style.use()
-    fig, axes = plt.subplots(2, 4, figsize=(11.2, 8.4))
-    for ax, rule in zip(axes.flat, PANELS, strict=True):
-        panel(ax, rule)
-    fig.savefig(Path(__file__).with_suffix(".svg"), metadata={"Date": None})
+    alone("bp", "Backprop")
+    row("feedback", ["FeedbackAlignment", "SignSymmetry", "KolenPollack",
+                     "DirectFeedbackAlignment", "DRTP"], formulas=True)  # fmt: skip
+    alone("pepita", "PEPITA")
+    alone("ekdaa", "EKDAA")
+    row("landing", ["Backprop", "FeedbackAlignment", "DirectFeedbackAlignment", "PEPITA",
+                    "EKDAA"], formulas=False)  # fmt: skip
 
 
 if __name__ == "__main__":
