@@ -1,6 +1,7 @@
 """The book's drawings of rules: one network, and the path of the teaching signal under each.
 
-python figures/paths.py        writes figures/paths-NAME.svg, for the stories and the landing page
+python figures/paths.py        writes figures/paths.svg, all rules, and paths-NAME.svg,
+                               for the stories and the landing page
 """
 
 from __future__ import annotations
@@ -18,14 +19,11 @@ from bpfree import style
 
 # lengths are pixels of the drawing at its own size, y upwards
 PIXEL = 0.72  # points
-WIDTH, STEP, RADIUS = 190, 62, 14  # of a panel, of a block, of a node
+WIDTH, STEP, RADIUS = 190, 56, 14  # of a panel, of a block, of a node
 UP, MIDDLE, SIGNAL = 36, 79, 122  # columns: activities, differences, teaching signals
 GREY, INK = "#8A8A8A", "#444444"
 ACTIVITY = ("$x$", "$h_1$", "$h_2$", "$p$")
-SYMBOLS = (
-    r"$x$ input    $h_1, h_2$ hidden activities    $p$ output    $e=p-y$ error    "
-    r"$\delta$ teaching signal of a block"
-)
+SYMBOLS = r"$x$ input    $h$ hidden    $p$ output    $e=p-y$ error"
 
 # rule -> (matrices of blocks 2 and 1, what happens in a few words, the formula)
 RULES = {
@@ -62,24 +60,24 @@ RULES = {
     ),
 }  # fmt: skip
 
-# what stands beside a panel drawn alone: marks on the drawing, and what they say there
+# what stands beside a panel drawn alone: a title, and what its marks mean
 STEPS = {
     "Backprop": (
-        ("What backprop asks for", ""),
+        "What backprop asks for",
         ("transposed weights", "the way back reads every $W$ of the way up"),
         ("a backward phase", "a second sweep, in which nothing else happens"),
         ("stored activities", "kept, and no weight moved, until the error is back"),
         ("a global error", "one vector $e$, on which every block depends"),
     ),
     "PEPITA": (
-        ("Twice forward, never back", ""),
+        "Twice forward, never back",
         ("first pass", "the network answers; the error is $e=p-y$"),
         ("to the input", r"$x^{\mathrm{err}}=x+e\,F^{\top}$, with a fixed random $F$"),
         ("second pass", "the same weights, from the changed input"),
         ("difference", r"each block learns from $\delta_l=h_l-h_l^{\mathrm{err}}$"),
     ),
     "EKDAA": (
-        ("Targets, no derivative", ""),
+        "Targets, no derivative",
         ("error kernels", "$E_l$ in the place of $W_l$; they learn beside the weights"),
         ("target", r"what a unit should have said: $h_l^{*}=\phi(a_l-\beta\,\delta_{l+1}E_{l+1})$"),
         ("difference", r"what it said minus the target: $\delta_l=h_l-h_l^{*}$"),
@@ -141,7 +139,7 @@ class Drawing:
         svg = io.StringIO()
         self.fig.savefig(svg, format="svg", metadata={"Date": None})
         plt.close(self.fig)
-        Path(__file__).with_name(f"paths-{name}.svg").write_text(small(svg.getvalue()))
+        Path(__file__).with_name(f"{name}.svg").write_text(small(svg.getvalue()))
 
 
 def dark(color: str) -> tuple[float, ...]:
@@ -251,38 +249,43 @@ def panel(draw: Drawing, rule: str, x: float, y: float) -> None:
         down(draw, rule, x, y, color, dashes)
 
 
-def legend(draw: Drawing, rule: str, x: float, y: float) -> None:
-    """What the three kinds of arrows mean."""
-    look = style.line(rule)
+def legend(draw: Drawing, rule: str, width: float) -> None:
+    """What arrows and letters mean, in one line if it holds them."""
+    look, x = style.line(rule), 12
     entries = (
-        ("activity, forward", GREY, "-", 1.5, 128),
-        ("thick: teaching signal", look["color"], look["linestyle"], 2.0, 156),
+        ("activity, forward", GREY, "-", 1.5, 191),
+        ("thick: teaching signal", look["color"], look["linestyle"], 2.0, 219),
         ("the weights it teaches", look["color"], (0, (1, 1.4)), 1.3, 0),
     )
-    for text, color, dashes, width, wide in entries:
-        draw.arrow((x, y), (x + 34, y), color, dashes, width=width, gaps=(0, 0))
-        draw.text(x + 41, y, text, INK, 13, ha="left")
-        x += 41 + wide + 22
+    for text, color, dashes, thick, wide in entries:
+        draw.arrow((x, 14), (x + 34, 14), color, dashes, width=thick, gaps=(0, 0))
+        draw.text(x + 41, 14, text, INK, 13, ha="left")
+        x += wide
+    one_line = width > 900
+    draw.text(width - 12 if one_line else 12, 14 if one_line else 36, SYMBOLS, INK, 13,
+              ha="right" if one_line else "left")  # fmt: skip
 
 
-def row(name: str, rules: list[str], formulas: bool) -> None:
+def beside(name: str, rows: list[list[str]], formulas: bool = True) -> None:
     """Panels side by side, one rule each."""
-    width, foot = WIDTH * len(rules), 88 + 24 * formulas
-    draw = Drawing(width, foot + 3 * STEP + 86)
-    for i, rule in enumerate(rules):
-        x, middle = i * WIDTH + 8, (i + 0.5) * WIDTH - 2
-        panel(draw, rule, x, foot + 38)
-        color = dark(style.line(rule)["color"])
-        draw.text(middle, foot + 3 * STEP + 70, style.label(rule), color, 17, fontweight="bold")
-        if formulas:
-            draw.text(middle, foot + 4, RULES[rule][-1], size=13)
-        draw.text(middle, 90, RULES[rule][1], INK, 13, va="top", linespacing=1.25)
-        if i:
-            draw.ax.plot(
-                (i * WIDTH,) * 2, (60, foot + 3 * STEP + 78), color="#DDDDDD", ls="-", lw=1
-            )
-    legend(draw, rules[0], 12, 14)
-    draw.text(12, 36, SYMBOLS, INK, 13, ha="left")
+    width, below = WIDTH * len(rows[0]), 38 + 24 * formulas
+    height, foot = 3 * STEP + 94 + below, 28 if len(rows[0]) > 4 else 48
+    draw = Drawing(width, height * len(rows) + foot)
+    for j, rules in enumerate(reversed(rows)):
+        low = foot + j * height
+        for i, rule in enumerate(rules):
+            x, middle = i * WIDTH + 8, (i + 0.5) * WIDTH - 2
+            y = low + below + 38
+            panel(draw, rule, x, y)
+            color = dark(style.line(rule)["color"])
+            draw.text(middle, y + 3 * STEP + 32, style.label(rule), color, 17, fontweight="bold")
+            if formulas:
+                draw.text(middle, y - 34, RULES[rule][-1], size=13)
+            draw.text(middle, low + 40, RULES[rule][1], INK, 13, va="top", linespacing=1.25)
+            if i:
+                ends = (low + 10, y + 3 * STEP + 40)
+                draw.ax.plot((i * WIDTH,) * 2, ends, color="#DDDDDD", ls="-", lw=1, clip_on=False)
+    legend(draw, rows[0][0], width)
     draw.save(name)
 
 
@@ -293,33 +296,27 @@ def alone(name: str, rule: str) -> None:
     for i, (column, block) in enumerate(MARKS[rule]):
         draw.mark(30 + column, 80 + block * STEP, i + 1)
     x, y = 290, 3 * STEP + 84
-    draw.text(
-        x - 10,
-        y,
-        STEPS[rule][0][0],
-        dark(style.line(rule)["color"]),
-        17,
-        ha="left",
-        fontweight="bold",
-    )
-    for i, (head, said) in enumerate(STEPS[rule][1:]):
-        y -= 46
+    title, *steps = STEPS[rule]
+    color = dark(style.line(rule)["color"])
+    draw.text(x - 10, y, title, color, 17, ha="left", fontweight="bold")
+    for i, (head, said) in enumerate(steps):
+        y -= 43
         draw.mark(x, y, i + 1)
         draw.text(x + 18, y, head, ha="left", fontweight="bold")
         draw.text(x + 18, y - 20, said, INK, 13.5, ha="left")
-    legend(draw, rule, 12, 14)
-    draw.text(12, 36, SYMBOLS, INK, 13, ha="left")
+    legend(draw, rule, 760)
     draw.save(name)
 
 
 def main() -> None:
-    alone("bp", "Backprop")
-    row("feedback", ["FeedbackAlignment", "SignSymmetry", "KolenPollack",
-                     "DirectFeedbackAlignment", "DRTP"], formulas=True)  # fmt: skip
-    alone("pepita", "PEPITA")
-    alone("ekdaa", "EKDAA")
-    row("landing", ["Backprop", "FeedbackAlignment", "DirectFeedbackAlignment", "PEPITA",
-                    "EKDAA"], formulas=False)  # fmt: skip
+    rules = list(RULES)
+    five = ["Backprop", "FeedbackAlignment", "DirectFeedbackAlignment", "PEPITA", "EKDAA"]
+    alone("paths-bp", "Backprop")
+    beside("paths-feedback", [rules[1:6]])
+    alone("paths-pepita", "PEPITA")
+    alone("paths-ekdaa", "EKDAA")
+    beside("paths-landing", [five], formulas=False)
+    beside("paths", [rules[:4], rules[4:]])
 
 
 if __name__ == "__main__":
