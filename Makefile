@@ -56,6 +56,7 @@ notebooks: env
 
 figures: env
 	$(BIN)/python figures/paths.py
+	$(BIN)/python figures/landing.py
 
 env: $(VENV)/.installed
 

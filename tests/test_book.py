@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -221,6 +222,44 @@ def test_page_shows_no_raw_markup(page):
     assert not re.findall(
         r"^\|.*\|$|:::|\$\$|\{(?:ref|eq|cite|numref|prf)[^}]*\}`", text, flags=re.M
     )
+
+
+def test_landing_page_shows_what_is_recorded():
+    """Each number of its table is computed here once more, from the files."""
+    script = (
+        "import json, landing as l; print(json.dumps([l.page(), *map(list, (l.COLUMNS, l.ROWS))]))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT / "figures", check=True, capture_output=True,
+        text=True, env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    page, columns, rows = json.loads(done.stdout)
+    assert (ROOT / "figures" / "landing.md").read_text() == page, "make figures"
+    shown = [tr.find_all("td")[1:] for tr in built("intro").select("table.landing tbody tr")]
+    assert [len(cells) for cells in shown] == [len(columns)] * len(rows)
+    for column, cells in zip(columns, zip(*shown, strict=True), strict=True):
+        protocols = []
+        for row, cell in zip(rows, cells, strict=True):
+            file, text = ROOT / "figures" / "results" / f"{column}-{row}.json", cell.get_text()
+            if not file.exists():
+                assert text.strip() == "–"
+                continue
+            recipe, runs = (json.loads(file.read_text())[key] for key in ("recipe", "runs"))
+            last = [run["test_accuracy"][-1] for run in runs.values()]
+            numbers = [f(last) for f in (statistics.fmean, statistics.stdev)[: len(last)]]
+            assert text.strip() == " ± ".join(f"{number:.2f}" for number in numbers)
+            kind, sizes, options = recipe["network"]
+            if row == "drtp":  # the page says so
+                options["activation"] = "relu" if options["activation"] == "tanh" else None
+            same = ("data", "epochs", "batch_size", "momentum", "milestones")
+            protocols.append([kind, sizes, options, *(recipe[key] for key in same)])
+        assert all(protocol == protocols[0] for protocol in protocols), column
+
+
+def test_loop_of_the_landing_page_runs_as_it_stands_there():
+    names = {}
+    exec(built("intro").find("div", class_="highlight-python").get_text(), names)
+    assert 0 < float(names["loss"]) < 1  # chance is 2.3
 
 
 def test_pages_typeset_mathematics_without_a_network():
