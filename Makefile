@@ -46,6 +46,7 @@ test-threads: env
 lint: env
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 	$(BIN)/python tools/notebooks.py --check
 
 lab: env

@@ -12,16 +12,17 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection
 from functools import reduce
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn import grad
 
 Tensors = dict[str, Tensor]  # by name
 Masks = dict[int, Tensor]  # dropout masks of the blocks l that have one
 Activation = str | Callable[[Tensor], Tensor]  # a name in ACTIVATIONS, or the function itself
-aten = torch.ops.aten
+aten: Any = torch.ops.aten
 
 # name -> (f, (v, f(a)) -> v * f'(a)); the derivatives that need no autograd
 ACTIVATIONS: dict[str, tuple[Callable, Callable]] = {
@@ -45,8 +46,10 @@ def one_of(name: str, given: object, known: Collection) -> None:
 
 def example(linear: nn.Linear | nn.Conv2d) -> Tensor:
     """Some pre-activation of a block with this linear map."""
-    conv = isinstance(linear, nn.Conv2d)
-    shape = (2, linear.out_channels, 8, 8) if conv else (4, linear.out_features)
+    if isinstance(linear, nn.Conv2d):
+        shape: tuple[int, ...] = (2, linear.out_channels, 8, 8)
+    else:
+        shape = (4, linear.out_features)
     return torch.linspace(-2, 2, math.prod(shape)).reshape(shape)
 
 
@@ -84,6 +87,11 @@ class Block(nn.Module):
     Raises:
         TypeError, ValueError: for a linear map, activation, pool or dropout out of these ranges.
     """
+
+    linear: nn.Linear | nn.Conv2d
+    activation: Activation
+    pool: Any  # one of POOLS, or None
+    dropout: float
 
     def __init__(
         self,
@@ -211,7 +219,7 @@ class Block(nn.Module):
         """
         if self.is_conv:
             weight = weight.to(delta.dtype)
-            return torch.nn.grad.conv2d_input(like.shape, weight, delta, **self._geometry())
+            return grad.conv2d_input(like.shape, weight, delta, **self._geometry())
         return (delta @ weight.to(delta.dtype)).reshape(like.shape)
 
     def outer(self, delta: Tensor, r: Tensor, scale: float = 1.0) -> Tensors:
@@ -220,7 +228,7 @@ class Block(nn.Module):
         r = r.to(delta.dtype)
         if self.is_conv:
             shape = self.linear.weight.shape
-            grads = {"weight": torch.nn.grad.conv2d_weight(r, shape, delta, **self._geometry())}
+            grads = {"weight": grad.conv2d_weight(r, shape, delta, **self._geometry())}
             grads["weight"] = scale * grads["weight"]  # the smaller of the factors
         else:  # the product itself scales, at no cost; with beta=0 it ignores its first argument
             grads = {"weight": torch.addmm(delta.new_zeros(1), delta.T, r, beta=0, alpha=scale)}

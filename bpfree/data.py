@@ -8,6 +8,7 @@ import math
 import os
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -118,12 +119,16 @@ class Data:
         if not 0 < n < len(self.train_x):
             raise ValueError(f"n must be in 1..{len(self.train_x) - 1}, got {n}")
         x, y = self.train_x, self.train_y
-        parts = dict(train_x=x[:-n], train_y=y[:-n], test_x=x[-n:], test_y=y[-n:])
-        return dataclasses.replace(self, name=f"{self.name}-holdout{n}", **parts)
+        return dataclasses.replace(
+            self, name=f"{self.name}-holdout{n}",
+            train_x=x[:-n], train_y=y[:-n], test_x=x[-n:], test_y=y[-n:],
+        )  # fmt: skip
 
     def to(self, device: torch.device | str) -> Data:
-        tensors = ("train_x", "train_y", "test_x", "test_y")
-        return dataclasses.replace(self, **{t: getattr(self, t).to(device) for t in tensors})
+        x, y, test_x, test_y = (
+            t.to(device) for t in (self.train_x, self.train_y, self.test_x, self.test_y)
+        )
+        return dataclasses.replace(self, train_x=x, train_y=y, test_x=test_x, test_y=test_y)
 
 
 def data_root(root: str | os.PathLike | None = None) -> Path:
@@ -170,7 +175,8 @@ def load(
         part = dataset(root, download=False, **split)
         labels = part.labels if name == "svhn" else part.targets
         parts += [_images(part.data), torch.as_tensor(np.asarray(labels), dtype=torch.int64)]
-    return Data(name, *parts, scale=1 / 255).to(device)
+    train_x, train_y, test_x, test_y = parts
+    return Data(name, train_x, train_y, test_x, test_y, scale=1 / 255).to(device)
 
 
 def _digits() -> Data:
@@ -193,7 +199,7 @@ def _images(data: Tensor | np.ndarray) -> Tensor:
     return x.contiguous()
 
 
-def _check_files(name: str, dataset: type, root: Path) -> None:
+def _check_files(name: str, dataset: Any, root: Path) -> None:
     """Raise, naming the file, unless every file of the data set is there and intact."""
     from torchvision.datasets.utils import check_integrity
 
@@ -205,7 +211,7 @@ def _check_files(name: str, dataset: type, root: Path) -> None:
         files = [(root / dataset.base_folder / file, md5) for file, md5 in lists]
     else:
         raw = [root / dataset.__name__ / "raw" / Path(file).stem for file, _ in dataset.resources]
-        files = zip(raw, _IDX_MD5[dataset.__name__], strict=True)
+        files = list(zip(raw, _IDX_MD5[dataset.__name__], strict=True))
     fetch = f"python -c \"import bpfree; bpfree.load('{name}', root='{root}', download=True)\""
     for path, md5 in files:
         if not path.is_file():

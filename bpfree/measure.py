@@ -42,7 +42,7 @@ def alignment(
         x, y: as for ``rule.backward``.
         params, state: the rule's own by default; a slice of stacks under ``torch.vmap``.
     """
-    if params is None:
+    if params is None or state is None:
         check_batch(rule, x, y)
         params, state = rule.params(), rule.state()
     y, weights = y.long(), {n: params[n] for n, _ in rule.net.named_parameters()}

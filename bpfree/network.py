@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NoReturn, overload
 
 import torch
 from torch import Tensor, nn
@@ -46,10 +47,11 @@ class Network(nn.Sequential):
         if not blocks:
             raise ValueError("a network needs at least one Block, got none")
         self.plan()
+        first = blocks[0].linear
         if input_shape is None:
-            if blocks[0].is_conv:
+            if isinstance(first, nn.Conv2d):
                 raise ValueError("input_shape=(channels, height, width) is needed for a Conv2d")
-            input_shape = (blocks[0].linear.in_features,)
+            input_shape = (first.in_features,)
         if blocks[0].is_conv and len(input_shape) != 3:
             raise ValueError(
                 f"input_shape must be (channels, height, width), got {tuple(input_shape)}"
@@ -70,18 +72,28 @@ class Network(nn.Sequential):
             shapes.append(tuple(h.shape[1:]))
         return shapes
 
+    def __iter__(self) -> Iterator[Block]:  # type: ignore[override]  # Sequential's are modules
+        return super().__iter__()  # type: ignore[return-value]
+
+    @overload  # type: ignore[override]
+    def __getitem__(self, index: int) -> Block: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> Network: ...
+
     def __getitem__(self, index: int | slice) -> Block | Network:
         """A block, or the sub-network of a slice; its weights are this network's."""
         if not isinstance(index, slice):
-            return super().__getitem__(index)
+            return super().__getitem__(index)  # type: ignore[return-value]
         first = range(len(self))[index].start
         shape = self.shapes[first - 1] if first else self.input_shape
         return Network(*list(self)[index], input_shape=shape)
 
-    def _fixed(self, *args) -> None:
+    def _fixed(self, *args: object) -> NoReturn:
         raise TypeError("a Network's shapes are fixed: build a new one with Network(*blocks)")
 
-    append = extend = insert = pop = __setitem__ = __delitem__ = __iadd__ = __imul__ = _fixed
+    append = extend = insert = pop = _fixed  # type: ignore[assignment]
+    __setitem__ = __delitem__ = __iadd__ = __imul__ = _fixed  # type: ignore[assignment]
 
     def add_module(self, name: str, module: nn.Module | None) -> None:
         """As ``nn.Module`` has it, while the network is built."""
@@ -89,14 +101,15 @@ class Network(nn.Sequential):
             self._fixed()
         super().add_module(name, module)
 
-    def __setattr__(self, name: str, value: object) -> None:
+    def __setattr__(self, name: str, value: Any) -> None:
         if isinstance(value, nn.Module):
             self._fixed()
         super().__setattr__(name, value)
 
     def plan(self) -> list[tuple]:
         """What rules rely on, block by block: maps with weights of their own, then phi."""
-        plan, seen = [], set()
+        plan: list[tuple] = []
+        seen: set[int] = set()
         for i, block in enumerate(self, 1):
             if not isinstance(block, Block):
                 raise TypeError(f"block {i} must be a Block, got {type(block).__name__}")

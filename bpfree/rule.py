@@ -52,6 +52,8 @@ class Rule(nn.Module):
         ValueError: if the last block has an activation, pooling or dropout.
     """
 
+    net: Network
+
     def __init__(self, net: Network, generator: torch.Generator | None = None):
         super().__init__()
         name = type(self).__name__

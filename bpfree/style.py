@@ -21,6 +21,8 @@ RULES = {
 
 def label(rule: str) -> str:
     """Short name of a rule class, as figures and tables print it."""
+    if rule.startswith("Released"):
+        return f"{label(rule.removeprefix('Released'))}, released"
     if rule.startswith("Shuffled"):
         return f"{RULES[rule.removeprefix('Shuffled')][0]}, {RULES['Shuffled'][0]}"
     return RULES[rule][0]

@@ -1,6 +1,7 @@
 """Fixtures of all tests: small problems in float64, the digits, one thread, fixed examples."""
 
 import dataclasses
+import os
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from oracles import PROBLEMS, Problem, conv_problem, mlp_problem
 
 import bpfree
 
-torch.set_num_threads(1)
+torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 1)))
 settings.register_profile(
     "book", deadline=None, derandomize=True, max_examples=25, database=None, print_blob=False
 )

@@ -150,7 +150,7 @@ MUTANTS = [
     Mutant("rules/ekdaa.py", "torch.promote_types(t.a.dtype, torch.float32)", "t.a.dtype",
            "signals that are differences of rounded activities",
            "test_rule.py::test_autocast_keeps_small_errors_of_a_trained_network[ekdaa]"),
-    Mutant("rules/ekdaa.py", "F.interpolate(moved,", "a - self.beta * F.interpolate(v,",
+    Mutant("experiments/released.py", "F.interpolate(moved,", "a - self.beta * F.interpolate(v,",
            "up-sampled feedback in the place of an up-sampled target",
            "test_ekdaa.py::test_a_target_that_is_up_sampled_teaches_without_any_error"),
     # ---- networks ----

@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import bpfree
+from bpfree.experiments.released import ReleasedEKDAA
 
 # PEPITA teaches with a second pass on another input; each option is in one of these at least, but
 # mirroring, which takes no bias and no convolution
@@ -33,7 +34,7 @@ EKDAAS: dict[str, Callable[..., bpfree.Rule]] = {
     "ekdaa": bpfree.EKDAA,
     "ekdaa-random": partial(bpfree.EKDAA, start="random", beta=0.7, gamma=0.5),
     "ekdaa-released": partial(
-        bpfree.EKDAA, target="bilinear", target_activation="sigmoid", swap_axes=True,
+        ReleasedEKDAA, target="bilinear", target_activation="sigmoid", swap_axes=True,
         normalise_feedback=True, normalise_updates=True, scale_updates=True,
     ),
 }  # fmt: skip

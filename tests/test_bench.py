@@ -9,6 +9,7 @@ import torch
 import bpfree
 from bpfree.experiments import bench, cli, timing
 
+pytestmark = [pytest.mark.processes, pytest.mark.compiles]  # times; the engine's, compiled too
 ARMS = ("autograd", "Backprop", "PEPITA")
 
 

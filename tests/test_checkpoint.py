@@ -81,6 +81,7 @@ def interrupt(monkeypatch, after):
     monkeypatch.setattr(train.Lockstep, "train", limited)
 
 
+@pytest.mark.processes
 def test_fifty_kills_at_random_moments_change_no_bit(folder, tmp_path_factory):
     run(tmp_path_factory.mktemp("warm"))  # imports and caches are not to be timed
     whole = tmp_path_factory.mktemp("whole")

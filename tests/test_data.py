@@ -14,6 +14,7 @@ from sklearn.datasets import load_digits
 import bpfree
 from bpfree.data import Data, data_root
 
+pytestmark = pytest.mark.processes
 DIGITS_SHA256 = "c919f97cc7cf8133853f56193dc9589ed8f33e5f10ffbf06498a10cd52b2179b"
 
 

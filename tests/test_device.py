@@ -185,6 +185,7 @@ def test_a_precision_chosen_by_torchs_newer_settings_is_left_as_it_was(where):
     subprocess.run([sys.executable, "-c", program], check=True)
 
 
+@pytest.mark.compiles
 def test_a_compiled_step_trains_as_the_step_itself(few_digits):
     runs = [train("pepita", few_digits, seeds=(0, 1), compile=c) for c in (False, True)]
     assert_same_run(*runs, rtol=1e-4, atol=1e-5)

@@ -27,6 +27,7 @@ from torch import nn
 
 import bpfree
 from bpfree import EKDAA, Block, Frozen, Network, fit
+from bpfree.experiments.released import ReleasedEKDAA
 from bpfree.measure import angle
 
 OPTIONS = {
@@ -50,7 +51,7 @@ CHANGES = {name: {name: values[1]} for name, values in OPTIONS.items()}
 
 
 def ekdaa(net, seed=0, **chosen):
-    return EKDAA(net, **chosen, generator=generator(seed))
+    return ReleasedEKDAA(net, **chosen, generator=generator(seed))
 
 
 def grads_of(net, x, y, masks=None, **chosen):
@@ -316,7 +317,7 @@ def test_vectorised_seeds_are_trained_as_one_at_a_time(activation, chosen, few_d
     def make(g):
         net = bpfree.convnet((1, 8, 8), (3, 4), (9,), num_classes=10, pool=(1, 2), dropout=0.2,
                              activation=activation, generator=g)  # fmt: skip
-        return EKDAA(net.double(), **chosen, generator=g)
+        return ReleasedEKDAA(net.double(), **chosen, generator=g)
 
     together, alone = (
         fit(make, few_digits, epochs=2, batch_size=25, seeds=[0, 4], vectorize=v)

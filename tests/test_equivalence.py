@@ -29,6 +29,7 @@ from oracles import (
 )
 
 import bpfree
+from bpfree.experiments.released import ReleasedEKDAA
 from bpfree.measure import angle
 
 every_rule = pytest.mark.parametrize("name", RULES)
@@ -383,7 +384,7 @@ def test_T7_fails_for_other_feedback_and_for_up_sampled_targets(problem, seed):
     ours = relative_to_beta(update_of(other, x, y).signals, EPS)
     assert relative_error(ours[-2], theirs[-2]) > 0.01
     if net[0].pool is not None:
-        bilinear = bpfree.EKDAA(net, beta=EPS, target="bilinear")
+        bilinear = ReleasedEKDAA(net, beta=EPS, target="bilinear")
         ours = relative_to_beta(update_of(bilinear, x, y).signals, EPS)
         assert relative_error(ours[0], theirs[0]) > 1
 
@@ -436,7 +437,7 @@ def test_T8_feedback_less_gamma_times_the_weights_shrinks_with_the_decay_alone(
     net, x, y = problem
     quirks = RULES["ekdaa-released"].keywords if released else {}
     options = {"gamma": gamma, "start": start, **quirks}
-    rule = bpfree.EKDAA(net, **options, generator=generator(seed))
+    rule = ReleasedEKDAA(net, **options, generator=generator(seed))
     opt = torch.optim.SGD([*net.parameters(), *rule.parameters()], lr=lr, weight_decay=weight_decay)
     E_0, W_0 = copies(dict(rule.named_parameters())), copies(weights_as_feedback(net, "E"))
     for t in range(1, 9):

@@ -16,6 +16,7 @@ from bpfree.experiments import cli
 from bpfree.experiments.record import record, record_at_once
 from bpfree.training.fit import OutOfTime
 
+pytestmark = pytest.mark.processes
 SHORT = dataclasses.replace(SMALL, name="short", epochs=2, seeds=(0, 1, 2))
 OTHER = dataclasses.replace(SHORT, name="other", rule="PEPITA", seeds=(0, 1))
 

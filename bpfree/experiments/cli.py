@@ -18,9 +18,10 @@ from tqdm import tqdm
 from ..data import DamagedFile
 from ..training.device import PRECISIONS, keep_freed_memory
 from ..training.fit import OutOfTime
+from ..training.workers import cores
 from . import bench, recipes, results
 from .recipe import Recipe
-from .record import cores, record, record_at_once
+from .record import record, record_at_once
 
 PLAIN = defaultdict(lambda: "?", {ord("±"): "+-"})  # of what we print beyond ASCII
 

@@ -14,6 +14,7 @@ from .. import network, rules
 from ..data import Data, load
 from ..rule import Rule
 from ..training.fit import Run, fit
+from . import released
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +41,8 @@ class Recipe:
         """A fresh network and its rule; ``Shuffled`` before a rule's name shuffles its signals."""
         kind, args, keywords = self.network
         net = getattr(network, kind)(*args, **keywords, generator=generator)
-        rule = getattr(rules, self.rule.removeprefix("Shuffled"))
+        name = self.rule.removeprefix("Shuffled")
+        rule = getattr(released if name.startswith("Released") else rules, name)
         if self.rule.startswith("Shuffled"):
             rule = rules.shuffled(rule)
         return rule(net, **self.options, generator=generator)

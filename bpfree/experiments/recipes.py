@@ -159,7 +159,7 @@ def _ekdaa() -> Iterator[Recipe]:
         "ekdaa-sign-1-hidden": ("EKDAA", {}, "sign", (0.001, 0.003)),
         "frozen-sign-1-hidden": ("Frozen", {}, "sign", (0.01, 0.003)),
     }
-    released = {"released": ("EKDAA", _RELEASED, "tanh", ())}
+    released = {"released": ("ReleasedEKDAA", _RELEASED, "tanh", ())}
     channels, pools = (64, 64, 64, 128, 128, 128), (1, 2, 1, 2, 1, 2)
     images = {"fashion-mnist": (1, 28, 28), "cifar10": (3, 32, 32), "svhn": (3, 32, 32)}
     for data, shape in images.items():

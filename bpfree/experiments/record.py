@@ -5,14 +5,11 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import multiprocessing
 import os
-import signal
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
-from contextlib import contextmanager
+from concurrent.futures import Future, as_completed
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +17,8 @@ import torch
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 
+from ..training import workers
 from ..training.checkpoint import digest
-from ..training.device import keep_freed_memory
 from ..training.fit import Diverged, OutOfTime, Run
 from .recipe import Recipe
 from .results import FORMAT, manifest, path, read, write_json
@@ -143,12 +140,6 @@ def _curves(run: Run, i: int) -> dict:
 # ---- several seeds at once on a CPU --------------------------------------------------------------
 
 
-def cores() -> int:
-    """Those that this process may use."""
-    affinity = getattr(os, "sched_getaffinity", None)
-    return len(affinity(0)) if affinity else os.cpu_count() or 1
-
-
 def record_at_once(
     recipes: Sequence[Recipe],
     seeds: Sequence[int] | None,
@@ -165,11 +156,11 @@ def record_at_once(
     """
     left: dict[str, set[Future]] = {}
     failed: dict[str, Exception] = {}
-    with _workers(jobs) as submit:
+    with workers.processes(jobs) as submit:
         for recipe in recipes:
             known = _so_far(recipe, folder)["runs"]
             missing = [s for s in seeds or recipe.seeds if str(s) not in known]
-            left[recipe.name] = {submit(recipe, seed, folder, options) for seed in missing}
+            left[recipe.name] = {submit(_one, recipe, seed, folder, options) for seed in missing}
         named = {recipe.name: recipe for recipe in recipes}
         owner = {future: name for name, futures in left.items() for future in futures}
         for name in [name for name, futures in left.items() if not futures]:
@@ -183,44 +174,7 @@ def record_at_once(
                 yield named[name], failed.get(name) or _so_far(named[name], folder)
 
 
-@contextmanager
-def _workers(jobs: int) -> Iterator[Any]:
-    """A function that hands a seed to the next free of ``jobs`` processes, as a ``Future``."""
-    spawn = multiprocessing.get_context("spawn")  # a fork would inherit PyTorch's threads
-    slots = spawn.SimpleQueue()
-    for slot in range(jobs):
-        slots.put(slot)
-    pool = ProcessPoolExecutor(jobs, spawn, _start, (spawn.RLock(), slots))
-
-    def submit(*args: Any) -> Future:
-        # a process that starts now ignores Ctrl-C for ever: it is for this one to stop all
-        before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-        try:
-            return pool.submit(_one, *args)
-        finally:
-            signal.signal(signal.SIGINT, before)
-
-    try:
-        yield submit
-    except BaseException:
-        pool.shutdown(wait=False, cancel_futures=True)
-        for process in multiprocessing.active_children():
-            process.terminate()
-        raise
-    finally:
-        pool.shutdown()
-
-
-def _start(lock: Any, slots: Any) -> None:
-    """In a new process: one thread, and a line of its own for its progress bar."""
-    global _slot
-    _slot = slots.get()
-    tqdm.set_lock(lock)
-    torch.set_num_threads(1)
-    keep_freed_memory()
-
-
 def _one(recipe: Recipe, seed: int, folder: str | os.PathLike | None, options: dict) -> None:
-    bar = {"position": _slot, "desc": f"{recipe.name} {seed}", "leave": False}
+    bar = {"position": workers.slot, "desc": f"{recipe.name} {seed}", "leave": False}
     options |= {"progress": bar if options.get("progress") else False}
     record(recipe, [seed], folder=folder, **options)

@@ -30,7 +30,7 @@ def shuffled(rule: type[Rule]) -> type[Rule]:
     sample stays as it is.
     """
 
-    class Shuffled(rule):
+    class Shuffled(rule):  # type: ignore[valid-type, misc]  # a class made from a class
         def signals(self, *args):
             *hidden, last = super().signals(*args)
             batch = len(args[-1])  # a rule of two passes may have two rows per sample

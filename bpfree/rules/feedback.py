@@ -40,7 +40,7 @@ class FeedbackAlignment(Backprop):
         feedback_scale: B_l is drawn from U(+-feedback_scale * sqrt(6 / fan_in)); > 0.
     """
 
-    kind = nn.Buffer  # B_l is fixed
+    kind: type[Tensor] = nn.Buffer  # B_l is fixed
 
     def __init__(
         self, net: Network, feedback_scale: float = 1.0, generator: torch.Generator | None = None
