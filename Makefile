@@ -8,7 +8,7 @@ export OMP_NUM_THREADS := 1
 
 # The numbers of another processor: no vector instructions but the oldest, another order of sums
 OTHER := ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 MKL_CBWR=COMPATIBLE
-UNITS := $(BIN)/pytest tests --ignore=tests/test_book.py --ignore=tests/test_browser.py -p no:nbval
+UNITS := $(BIN)/pytest tests --ignore=tests/test_book.py --ignore=tests/test_browser.py -p no:nbval -rs
 PAGES := $(BIN)/pytest --nbval chapters --ignore=chapters/text --dist loadfile
 
 .PHONY: book test test-units test-mutants test-pages test-book test-arithmetic test-threads lab notebooks figures env lint clean
@@ -31,7 +31,7 @@ test-pages: env
 
 test-book: env
 	$(BIN)/jupyter-book build . --all --quiet -W -n --keep-going
-	$(BIN)/pytest tests/test_book.py tests/test_browser.py -p no:nbval
+	$(BIN)/pytest tests/test_book.py tests/test_browser.py -p no:nbval -rs
 
 # What may not depend on the machine: every page, and the tests that compare numbers. A compiler of
 # PyTorch's looks at the real processor, so it is left out.
