@@ -51,7 +51,8 @@ WIDE = """() => {
     if (overflow === "hidden" || overflow === "clip") {
       if (e.closest("article")) found.push("cut off: " + name(e));
     } else if (overflow !== "visible"
-        && !e.matches("pre, .pst-scrollable-table-container, .output, mjx-container, span.math"))
+        && !e.matches(
+          "pre, figure, .pst-scrollable-table-container, .output, mjx-container, span.math"))
       found.push("scrolls sideways: " + name(e));
   }
   return found;
