@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NoReturn, overload
+from typing import NoReturn, overload
 
 import torch
 from torch import Tensor, nn
@@ -96,15 +96,7 @@ class Network(nn.Sequential):
     __setitem__ = __delitem__ = __iadd__ = __imul__ = _fixed  # type: ignore[assignment]
 
     def add_module(self, name: str, module: nn.Module | None) -> None:
-        """As ``nn.Module`` has it, while the network is built."""
-        if "shapes" in self.__dict__:
-            self._fixed()
-        super().add_module(name, module)
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if isinstance(value, nn.Module):
-            self._fixed()
-        super().__setattr__(name, value)
+        self._fixed() if "shapes" in vars(self) else super().add_module(name, module)
 
     def plan(self) -> list[tuple]:
         """What rules rely on, block by block: maps with weights of their own, then phi."""
@@ -117,15 +109,13 @@ class Network(nn.Sequential):
             weight = linear._parameters.get("weight")
             if weight is None:
                 raise ValueError(
-                    f"block {i} must own its weight as a parameter, but here it is computed from "
-                    "others, as pruning and parametrisations do: make that permanent first "
-                    "(torch.nn.utils.prune.remove, parametrize.remove_parametrizations)"
+                    f"block {i} must own its weight, but pruning or a parametrisation computes it: "
+                    "make that permanent (prune.remove, parametrize.remove_parametrizations)"
                 )
-            if seen & (own := {id(p) for p in linear.parameters()}):
+            if id(weight) in seen or id(linear.bias) in seen:
                 raise ValueError("blocks must not share parameters: a weight occurs in two blocks")
-            seen |= own
-            shape = None if linear.bias is None else linear.bias.shape
-            plan.append((weight.shape, shape, block.activation, block.pool))
+            seen |= {id(weight)} if linear.bias is None else {id(weight), id(linear.bias)}
+            plan.append((weight.shape, linear.bias is not None, block.activation, block.pool))
         return plan
 
     @property
@@ -259,9 +249,7 @@ def convnet(
     if len(pools) != len(channels):
         raise ValueError(f"pool must have one entry per convolution ({len(channels)}), got {pool}")
     if padding is None and kernel_size % 2 == 0:
-        raise ValueError(
-            f"an even kernel_size cannot keep the size: give padding, got {kernel_size}"
-        )
+        raise ValueError(f"kernel_size {kernel_size} is even, so it needs a padding")
     padding = kernel_size // 2 if padding is None else padding
     blocks, c_in = [], input_shape[0]
     for c_out, side in zip(channels, pools, strict=True):

@@ -73,7 +73,8 @@ class Rule(nn.Module):
             raise ValueError(f"{name} needs logits of shape (B, C >= 2), got (B, {net.shapes[-1]})")
         self.__dict__["net"] = net  # past nn.Module.__setattr__, which would adopt it
         self.generator, self._plan = generator, net.plan()
-        self._steps: list[int] | None = None  # how often what learns had changed at the last call
+        self._steps: dict[str, int] = {}  # how often what learns had changed at the last call
+        self._warned = False
 
     # ---- what a subclass says -------------------------------------------------------------------
 
@@ -203,22 +204,17 @@ class Rule(nn.Module):
     def _warn_of_what_rests(self, learning: Tensors) -> None:
         """Once, if the weights were stepped since the last call and what the rule learns was not:
         its gradients pile up, and it trains as another rule."""
-        own = [n for n in learning if n.startswith("rule.")]
-        if not own or self._steps == []:
-            return
-        before, self._steps = self._steps, [p._version for p in learning.values()]
-        if before is None or len(before) != len(self._steps):
-            return
-        moved = {n for n, a, b in zip(learning, before, self._steps, strict=True) if a != b}
-        if moved and not moved & set(own):
-            self._steps = []
-            name = type(self).__name__
+        own = {n for n in learning if n.startswith("rule.")}
+        now = {n: p._version for n, p in learning.items()}
+        moved = {n for n, version in self._steps.items() if version != now.get(n)}
+        self._steps = now
+        if own and moved and not moved & own and not self._warned:
+            self._warned = True
+            names = ", ".join(sorted(n.removeprefix("rule.") for n in own))
             warnings.warn(
-                f"{name} learns {', '.join(n.removeprefix('rule.') for n in own)} beside the "
-                "weights, but the optimiser steps the weights alone: give it "
-                "[*net.parameters(), *rule.parameters()]",
-                stacklevel=3,
-            )
+                f"{type(self).__name__} learns {names} beside the weights, but the optimiser steps "
+                "the weights alone: give it [*net.parameters(), *rule.parameters()]", stacklevel=3
+            )  # fmt: skip
 
 
 def like_parameter(grad: Tensor, p: Tensor) -> Tensor:
@@ -236,7 +232,7 @@ def check_batch(rule: Rule, x: Tensor, y: Tensor) -> None:
         if was != now:
             raise ValueError(
                 f"the network is not what {type(rule).__name__} was made for: block {i} was {was}, "
-                f"is {now} (shapes of weight and bias, activation, pool); make a new rule for it"
+                f"is {now} (weight, bias, activation, pool); make a new rule for it"
             )
     if net[-1].dropout:
         raise ValueError(f"the last block gives logits, without dropout, got {net[-1].dropout}")

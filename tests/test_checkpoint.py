@@ -18,6 +18,7 @@ import bpfree
 from bpfree import recipes, results
 from bpfree.experiments import cli
 from bpfree.experiments.recipe import Recipe
+from bpfree.experiments.released import ReleasedEKDAA
 from bpfree.training import checkpoint
 from bpfree.training import fit as train
 
@@ -256,7 +257,7 @@ def test_another_target_of_ekdaa_is_not_taken_up(tmp_path, few_digits):
     def train(f):
         def make(g):
             net = bpfree.convnet((1, 8, 8), (3,), num_classes=10, trunk="identity", generator=g)
-            return bpfree.EKDAA(net, target_activation=f)
+            return ReleasedEKDAA(net, target_activation=f)
 
         bpfree.fit(make, few_digits, epochs=1, checkpoint=tmp_path / "c")
 

@@ -175,7 +175,7 @@ def _fingerprint(lockstep: Lockstep, seeds: list[int], rates: list[float], probe
     torchs = vars(torch.nn.Module())
     options = [
         {k: _computes(v, lockstep.device) for k, v in vars(part).items()
-         if k not in torchs and k not in ("_plan", "_steps")}
+         if k not in torchs and k not in ("_plan", "_steps", "_warned")}
         for part in (rule, *rule.net)
     ]  # fmt: skip
     return checkpoints.digest([
