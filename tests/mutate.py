@@ -100,6 +100,14 @@ MUTANTS = [
     Mutant("rules/pepita.py", "params, h_err, masks.get(l)", "params, h_err, None",
            "second pass without the dropout mask", "test_pepita.py::"
            "test_gradients_of_an_mlp_are_the_equations_with_one_mask_for_both_passes"),
+    Mutant("rules/pepita.py", 'yield (t if self.presynaptic == "first" else t_err).r, error',
+           "yield t_err.r, error", "the last block keeps the second pass's activity",
+           "test_equivalence.py::"
+           "test_T15_pepita_of_the_first_pass_is_backprop_for_every_eps_under_T5"),
+    Mutant("rules/pepita.py", 't.r if self.presynaptic == "first" else t_err.r, h - h_err',
+           "t_err.r, h - h_err", "the modulation stays at the synapses of hidden blocks",
+           "test_equivalence.py::"
+           "test_T15_pepita_of_the_first_pass_is_backprop_for_every_eps_under_T5"),
     Mutant("rules/pepita.py", 'register_buffer("F", feedback)',
            'register_buffer("F", feedback, persistent=False)', "F left out of state_dict",
            "test_feedback.py::test_what_is_fixed_is_a_buffer_and_what_learns_is_a_parameter[pepita]"),
