@@ -73,14 +73,14 @@ MUTANTS = [
            "test_equivalence.py::test_T12_a_batchs_gradient_is_the_mean_of_its_samples_gradients"),
     Mutant("rule.py", "if p.grad is None else", "if True else", "gradient overwritten",
            "test_rule.py::test_two_backward_calls_accumulate_the_sum_of_both[mlp-backprop]"),
-    Mutant("rule.py", "            if p.requires_grad:", "            if True:",
+    Mutant("rule.py", "if p.requires_grad and q.requires_grad}", "if q.requires_grad or True}",
            "frozen parameters get gradients",
            "test_rule.py::test_backward_leaves_parameters_that_need_no_gradient_alone"),
     Mutant("rules/feedback.py", 'linear.weight", 1.0)', 'linear.weight", 0.0)',
            "Kolen-Pollack's feedback learns nothing", "test_equivalence.py::"
            "test_T2_kolen_pollack_feedback_approaches_the_weights_at_the_rate_of_the_decay"),
     # ---- feedback and its options ----
-    Mutant("rules/feedback.py", "kind = nn.Buffer",
+    Mutant("rules/feedback.py", "kind: type[Tensor] = nn.Buffer",
            "kind = staticmethod(lambda B: nn.Buffer(B, persistent=False))",
            "feedback left out of state_dict",
            "test_feedback.py::test_what_is_fixed_is_a_buffer_and_what_learns_is_a_parameter"),
