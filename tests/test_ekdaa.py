@@ -51,7 +51,9 @@ CHANGES = {name: {name: values[1]} for name, values in OPTIONS.items()}
 
 
 def ekdaa(net, seed=0, **chosen):
-    return ReleasedEKDAA(net, **chosen, generator=generator(seed))
+    """The rule of the book, unless an option of the released program is chosen."""
+    rule = ReleasedEKDAA if OPTIONS.keys() & chosen.keys() else EKDAA
+    return rule(net, **chosen, generator=generator(seed))
 
 
 def grads_of(net, x, y, masks=None, **chosen):
@@ -317,7 +319,7 @@ def test_vectorised_seeds_are_trained_as_one_at_a_time(activation, chosen, few_d
     def make(g):
         net = bpfree.convnet((1, 8, 8), (3, 4), (9,), num_classes=10, pool=(1, 2), dropout=0.2,
                              activation=activation, generator=g)  # fmt: skip
-        return ReleasedEKDAA(net.double(), **chosen, generator=g)
+        return (ReleasedEKDAA if chosen else EKDAA)(net.double(), **chosen, generator=g)
 
     together, alone = (
         fit(make, few_digits, epochs=2, batch_size=25, seeds=[0, 4], vectorize=v)
