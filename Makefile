@@ -40,8 +40,8 @@ test-arithmetic: env
 	$(OTHER) $(PAGES) -n 2
 
 test-threads: env
-	OMP_NUM_THREADS=2 OMP_WAIT_POLICY=passive $(UNITS) -m "not compiles and not processes"
-	OMP_NUM_THREADS=2 OMP_WAIT_POLICY=passive $(PAGES)
+	OMP_NUM_THREADS=2 OMP_WAIT_POLICY=passive $(UNITS) -n 2 -m "not compiles and not processes"
+	OMP_NUM_THREADS=2 OMP_WAIT_POLICY=passive $(PAGES) -n 2
 
 lint: env
 	$(BIN)/ruff check .
