@@ -34,14 +34,18 @@ test-book: env
 	$(BIN)/pytest tests/test_book.py tests/test_browser.py -p no:nbval -rs
 
 # What may not depend on the machine: every page, and the tests that compare numbers. A compiler of
-# PyTorch's looks at the real processor, so it is left out.
+# PyTorch's looks at the real processor, so it is left out. With two threads each page stands alone
+# in a folder, as in Colab.
 test-arithmetic: env
 	$(OTHER) $(UNITS) -n 2 -m "not compiles and not processes"
 	$(OTHER) $(PAGES) -n 2
 
 test-threads: env
 	OMP_NUM_THREADS=2 OMP_WAIT_POLICY=passive $(UNITS) -n 2 -m "not compiles and not processes"
-	OMP_NUM_THREADS=2 OMP_WAIT_POLICY=passive $(PAGES) -n 2
+	rm -rf _build/alone
+	for page in chapters/*/*.ipynb; do \
+	  folder=_build/alone/$$(basename $$page .ipynb); mkdir -p $$folder; cp $$page $$folder; done
+	OMP_NUM_THREADS=2 OMP_WAIT_POLICY=passive $(PAGES:chapters=_build/alone) -n 2
 
 lint: env
 	$(BIN)/ruff check .

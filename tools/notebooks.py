@@ -14,11 +14,13 @@ from __future__ import annotations
 import argparse
 import os
 import re
+import resource
 import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 CHAPTERS = ROOT / "chapters"
+LONGEST = 120  # seconds of one core that a page may take
 
 
 def repository() -> str:
@@ -48,11 +50,18 @@ def render(twin: Path):
     return nb
 
 
-def run(twin: Path) -> None:
+def seconds() -> float:
+    """Of processor time, of this program's children that have ended."""
+    spent = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return spent.ru_utime + spent.ru_stime
+
+
+def run(twin: Path) -> float:
+    """Write the notebook, and return the seconds that its kernel took."""
     import nbformat
     from nbclient import NotebookClient
 
-    nb, path = render(twin), notebook(twin)
+    nb, path, start = render(twin), notebook(twin), seconds()
     path.parent.mkdir(exist_ok=True)
     # coalesced: how often the kernel flushed its output must not show
     settings = dict(timeout=600, kernel_name="python3", coalesce_streams=True)
@@ -64,6 +73,7 @@ def run(twin: Path) -> None:
     nb.metadata["language_info"] = {"name": "python"}
     nbformat.validate(nb)
     nbformat.write(nb, path)
+    return seconds() - start
 
 
 def differs(twin: Path) -> str | None:
@@ -98,10 +108,14 @@ def main() -> int:
         print("\n".join(problems) or f"{len(twins)} notebooks are their twins'")
         return bool(problems)
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+    slow = 0
     for twin in twins:
-        run(twin)
-        print(notebook(twin).relative_to(ROOT), flush=True)
-    return 0
+        spent = run(twin)
+        slow += spent > LONGEST
+        print(f"{spent:4.0f} s  {notebook(twin).relative_to(ROOT)}", flush=True)
+    if slow:
+        print(f"{slow} pages take more than {LONGEST} s of one core")
+    return bool(slow)
 
 
 if __name__ == "__main__":
