@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import math
+import numbers
 import os
 from functools import cached_property
 from pathlib import Path
@@ -76,11 +77,17 @@ class Data:
                 raise TypeError(f"{part}_y must hold integer class indices, got {y.dtype}")
             if y.shape != (len(x),):
                 raise ValueError(f"{part}_y must have shape ({len(x)},), got {tuple(y.shape)}")
-            if y.device.type == "cpu" and y.min() < 0:  # elsewhere it would wait for the device
-                raise ValueError(f"{part}_y must hold classes >= 0, got {int(y.min())}")
-            object.__setattr__(self, f"{part}_y", y.long())
-        if not (math.isfinite(self.scale) and math.isfinite(self.shift)):
-            raise ValueError(f"scale and shift must be finite, got {self.scale}, {self.shift}")
+            y = y.long()
+            object.__setattr__(self, f"{part}_y", y)
+            if x.device.type == "cpu":  # elsewhere it would wait for the device
+                if y.min() < 0:
+                    raise ValueError(f"{part}_y must hold classes >= 0, got {int(y.min())}")
+                if x.is_floating_point() and not x.isfinite().all():
+                    raise ValueError(f"{part}_x must be finite")
+        for name in ("scale", "shift"):
+            value = getattr(self, name)
+            if not isinstance(value, numbers.Real) or not math.isfinite(value):
+                raise ValueError(f"{name} must be a finite number, got {value!r}")
 
     def _numbers(self, name: str) -> Tensor:
         """A field as a tensor of real numbers, from now on."""
@@ -134,7 +141,8 @@ class Data:
 def data_root(root: str | os.PathLike | None = None) -> Path:
     """Folder of the data sets: the argument, else ``BPFREE_DATA``, else the user's cache folder."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return Path(root or os.environ.get("BPFREE_DATA") or cache / "bpfree").expanduser()
+    chosen = root or os.environ.get("BPFREE_DATA") or cache / "bpfree"
+    return Path(os.path.expanduser(chosen))  # as it is where there is no such user
 
 
 def load(

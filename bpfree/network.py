@@ -106,16 +106,18 @@ class Network(nn.Sequential):
             if not isinstance(block, Block):
                 raise TypeError(f"block {i} must be a Block, got {type(block).__name__}")
             linear = block.linear
-            weight = linear._parameters.get("weight")
-            if weight is None:
+            owned = linear._parameters
+            weight, bias = owned.get("weight"), owned.get("bias")
+            if weight is None or linear.bias is not bias or owned.keys() - {"weight", "bias"}:
                 raise ValueError(
-                    f"block {i} must own its weight, but pruning or a parametrisation computes it: "
-                    "make that permanent (prune.remove, parametrize.remove_parametrizations)"
+                    f"block {i} must own its weight and bias, but pruning or a parametrisation "
+                    "computes one: make that permanent (prune.remove, "
+                    "parametrize.remove_parametrizations)"
                 )
-            if id(weight) in seen or id(linear.bias) in seen:
+            if id(weight) in seen or id(bias) in seen:
                 raise ValueError("blocks must not share parameters: a weight occurs in two blocks")
-            seen |= {id(weight)} if linear.bias is None else {id(weight), id(linear.bias)}
-            plan.append((weight.shape, linear.bias is not None, block.activation, block.pool))
+            seen |= {id(weight)} if bias is None else {id(weight), id(bias)}
+            plan.append((weight.shape, bias is not None, block.activation, block.pool))
         return plan
 
     @property

@@ -73,8 +73,10 @@ class Rule(nn.Module):
             raise ValueError(f"{name} needs logits of shape (B, C >= 2), got (B, {net.shapes[-1]})")
         self.__dict__["net"] = net  # past nn.Module.__setattr__, which would adopt it
         self.generator, self._plan = generator, net.plan()
-        self._steps: dict[str, int] = {}  # how often what learns had changed at the last call
-        self._warned = False
+        if net._activity_shapes() != net.shapes:
+            raise ValueError("a block was exchanged: make a new Network of the blocks")
+        self._calls = 0  # of ``backward``
+        self._first: Tensors = {}  # what learnt, at the first of them
 
     # ---- what a subclass says -------------------------------------------------------------------
 
@@ -202,18 +204,22 @@ class Rule(nn.Module):
         return update.loss
 
     def _warn_of_what_rests(self, learning: Tensors) -> None:
-        """Once, if the weights were stepped since the last call and what the rule learns was not:
-        its gradients pile up, and it trains as another rule."""
-        own = {n for n in learning if n.startswith("rule.")}
-        now = {n: p._version for n, p in learning.items()}
-        moved = {n for n, version in self._steps.items() if version != now.get(n)}
-        self._steps = now
-        if own and moved and not moved & own and not self._warned:
-            self._warned = True
-            names = ", ".join(sorted(n.removeprefix("rule.") for n in own))
+        """Once, after ten calls: of what the rule should have learnt while the weights did, but
+        nobody stepped. Its gradient piles up, and it trains as another rule."""
+        self._calls += 1
+        if self._calls == 1 and any(n.startswith("rule.") for n in learning):
+            self._first = {n: p.detach().clone() for n, p in learning.items()}
+        if self._calls < 10 or not self._first:
+            return
+        first, self._first = self._first, {}
+        rest = {n: p for n, p in learning.items() if n in first and torch.equal(p, first[n])}
+        own = [n.removeprefix("rule.") for n, p in rest.items()
+               if n.startswith("rule.") and p.grad is not None and p.grad.any()]  # fmt: skip
+        if own and any(n not in rest for n in learning if not n.startswith("rule.")):
             warnings.warn(
-                f"{type(self).__name__} learns {names} beside the weights, but the optimiser steps "
-                "the weights alone: give it [*net.parameters(), *rule.parameters()]", stacklevel=3
+                f"{type(self).__name__} learns {', '.join(own)} beside the weights, but the "
+                "optimiser steps the weights alone: give it [*net.parameters(), "
+                "*rule.parameters()]", stacklevel=3,
             )  # fmt: skip
 
 
@@ -254,7 +260,7 @@ def check_batch(rule: Rule, x: Tensor, y: Tensor) -> None:
         raise ValueError(f"y must have shape ({len(x)},), got {tuple(y.shape)}")
     if y.is_floating_point() or y.is_complex() or y.dtype == torch.bool:
         raise TypeError(f"y must hold integer class indices, got {y.dtype}")
-    low, high = (int(v) for v in y.aminmax())
+    low, high = (int(v) for v in y.long().aminmax())
     if low < 0 or high >= net.num_classes:
         raise ValueError(f"labels must be in 0..{net.num_classes - 1}, got {low}..{high}")
     if not torch.isfinite(x.sum()) and not torch.isfinite(x).all():  # the sum is the faster test

@@ -9,7 +9,9 @@ import signal
 import threading
 import time
 from functools import partial
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from tqdm import tqdm
@@ -232,25 +234,75 @@ def test_functions_and_scales_are_settings_too(tmp_path, few_digits):
             train(**other)
 
 
-@pytest.mark.parametrize("where", ["option", "closure of a function of no tensor"])
-def test_a_function_among_a_rules_options_counts_by_what_it_computes(where, tmp_path, few_digits):
-    class WithFunction(bpfree.Backprop):
-        def __init__(self, net, f):
+class Scaled(torch.nn.Module):
+    def __init__(self, k):
+        super().__init__()
+        self.k = k
+
+    def forward(self, a):
+        return torch.tanh(self.k * a)
+
+
+def scale(k, a):
+    return k * a
+
+
+OPTIONS = {  # a number -> an option that differs with it alone
+    "function": lambda k: lambda a: torch.tanh(k * a),
+    "far from zero": lambda k: lambda a: a.clamp(-1000 * k, 1000 * k),
+    "default argument": lambda k: lambda a, b=k: a * b,
+    "of no tensor": lambda k: lambda: k,
+    "partial": lambda k: partial(scale, k),
+    "method": lambda k: Scaled(k).forward,
+    "module": Scaled,
+    "in a list": lambda k: [lambda a: k * a],
+    "in a dict": lambda k: {"f": lambda a: k * a},
+    "array": lambda k: np.array([k]),
+    "object": lambda k: SimpleNamespace(k=k),
+}
+
+
+@pytest.mark.parametrize("kind", OPTIONS)
+def test_an_option_of_a_rule_counts_by_what_it_holds_and_computes(kind, tmp_path, few_digits):
+    class WithOption(bpfree.Backprop):
+        def __init__(self, net, option):
             super().__init__(net)
-            self.f = f
+            self.option = option
 
-    def train(sign):
-        given = (lambda a: torch.tanh(sign * a)) if where == "option" else lambda: sign
-
+    def train(k):
         def make(g):
-            return WithFunction(bpfree.mlp(64, 8, 10, generator=g), given)
+            return WithOption(bpfree.mlp(64, 8, 10, generator=g), OPTIONS[kind](k))
 
         bpfree.fit(make, few_digits, epochs=1, checkpoint=tmp_path / "c")
 
-    train(1)
-    train(1)
+    train(1.0)
+    train(1.0)
     with pytest.raises(ValueError, match="other settings"):
-        train(-1)
+        train(-1.0 if kind != "far from zero" else 1.5)
+
+
+@pytest.mark.parametrize("what", ["activation", "frozen", "rates"])
+def test_modules_what_learns_and_rates_of_groups_are_settings_too(what, tmp_path, few_digits):
+    def train(other):
+        def make(g):
+            f = Scaled(0.5 if other and what == "activation" else 1.0)
+            net = bpfree.mlp(64, 10, 10, 10, activation=f, generator=g)
+            if what == "frozen":
+                net[1 + other].linear.weight.requires_grad_(False)
+            return bpfree.Backprop(net)
+
+        def sgd(params):
+            rates = (0.1, 0.01) if other and what == "rates" else (0.01, 0.1)
+            first, *rest = params
+            groups = [{"params": p, "lr": lr} for p, lr in zip(([first], rest), rates, strict=True)]
+            return torch.optim.SGD(groups, lr=0.1)
+
+        bpfree.fit(make, few_digits, epochs=1, optimizer=sgd, checkpoint=tmp_path / "c")
+
+    train(False)
+    train(False)
+    with pytest.raises(ValueError, match="other settings"):
+        train(True)
 
 
 def test_another_target_of_ekdaa_is_not_taken_up(tmp_path, few_digits):

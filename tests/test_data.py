@@ -113,6 +113,7 @@ def test_the_root_is_the_argument_else_the_variable_else_the_cache(monkeypatch, 
 @pytest.mark.parametrize("where", ["argument", "variable"])
 def test_a_tilde_is_the_home_folder(where, monkeypatch):
     monkeypatch.setenv("BPFREE_DATA", "~/data")
+    assert data_root("~nobody-of-that-name/x") == Path("~nobody-of-that-name/x")
     assert data_root("~/data" if where == "argument" else None) == Path.home() / "data"
     assert bpfree.results.path("x", "~/runs") == Path.home() / "runs" / "x.json"
 
@@ -126,8 +127,9 @@ def mine(**changes):
     return Data("mine", **fields | changes)
 
 
-def test_arrays_and_lists_become_tensors_that_train():
-    data = mine()
+@pytest.mark.parametrize("kind", [np.int64, np.uint16, np.uint8])
+def test_arrays_and_lists_become_tensors_that_train(kind):
+    data = mine(train_y=(np.arange(6) % 3).astype(kind))
     assert data.train_x.dtype == torch.uint8
     assert data.train_y.dtype == data.test_y.dtype == torch.int64
     make = lambda g: bpfree.Backprop(bpfree.mlp(4, 3, 3, generator=g))  # noqa: E731
@@ -147,6 +149,8 @@ def test_arrays_and_lists_become_tensors_that_train():
         ({"test_y": [0]}, ValueError, r"test_y must have shape \(2,\), got \(1,\)"),
         ({"test_y": [0, -1]}, ValueError, "test_y must hold classes >= 0, got -1"),
         ({"scale": math.nan}, ValueError, "scale.*nan"),
+        ({"scale": None}, ValueError, "scale must be a finite number, got None"),
+        ({"test_x": np.full((2, 1, 2, 2), np.inf)}, ValueError, "test_x must be finite"),
     ],
 )
 def test_data_that_cannot_be_used_are_refused_when_they_are_made(changes, exception, message):

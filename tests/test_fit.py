@@ -297,6 +297,38 @@ def test_a_loss_out_of_every_sensible_range_has_diverged(few_digits):
 
 
 @pytest.mark.parametrize("vectorize", [True, False])
+def test_weights_lost_in_an_epochs_last_step_have_diverged(vectorize, few_digits):
+    class Last(torch.optim.SGD):
+        def step(self):
+            super().step()
+            for group in self.param_groups:
+                for p in group["params"]:
+                    p.data.fill_(torch.nan)
+
+    with pytest.raises(FloatingPointError, match="seed 0 in epoch 1, seed 1 in epoch 1"):
+        fit(maker(), few_digits, epochs=1, seeds=[0, 1], vectorize=vectorize,
+            optimizer=partial(Last, lr=0.1))  # fmt: skip
+
+
+def test_seeds_that_share_any_parameter_are_refused(few_digits):
+    head = bpfree.mlp(12, 10, generator=generator())[0]
+
+    def make(g):
+        return bpfree.Backprop(bpfree.Network(bpfree.mlp(64, 12, generator=g)[0], head))
+
+    with pytest.raises(ValueError, match="a new network for each seed"):
+        fit(make, few_digits, epochs=1, seeds=[0, 1])
+
+
+def test_where_nothing_learns_fit_says_so(few_digits):
+    def make(g):
+        return bpfree.Backprop(bpfree.mlp(64, 10, generator=g).requires_grad_(False))
+
+    with pytest.raises(ValueError, match="nothing learns"):
+        fit(make, few_digits, epochs=1)
+
+
+@pytest.mark.parametrize("vectorize", [True, False])
 def test_divergence_names_only_the_seeds_that_diverged(vectorize, few_digits):
     def make(g):
         rule = maker()(g)

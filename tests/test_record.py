@@ -113,6 +113,30 @@ def test_one_interrupt_stops_all_and_loses_nothing(command, tmp_path):
         wait_for(lambda: os.killpg(process.pid, 0))
 
 
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
+def test_no_process_outlives_a_command_that_is_ended_from_outside(how, command, tmp_path):
+    folder = tmp_path / "results"
+    process = command(10**6, "--quiet")
+    wait_for(lambda: len(list(folder.glob("small.*.ckpt"))) == 2)
+    os.kill(process.pid, how)  # it alone
+    process.wait(timeout=60)
+    assert process.returncode == (130 if how == signal.SIGTERM else -signal.SIGKILL)
+    with pytest.raises(ProcessLookupError):
+        wait_for(lambda: os.killpg(process.pid, 0))
+
+
+def test_a_process_that_is_killed_is_told_of_in_a_line(command, tmp_path):
+    process = command(10**6, "--quiet")
+    wait_for(lambda: len(list((tmp_path / "results").glob("small.*.ckpt"))) == 2)
+    listed = subprocess.run(["pgrep", "-P", str(process.pid), "-f", "spawn_main"],
+                            capture_output=True, text=True, check=True)  # fmt: skip
+    os.kill(int(listed.stdout.split()[-1]), signal.SIGKILL)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 2
+    assert err.startswith("bpfree: a process that trained was killed")
+    assert err.count("\n") == 1
+
+
 def test_a_budget_holds_in_every_process(tmp_path):
     """That a run stops in its middle is tested with one process; this is about who is told."""
     given = dict(folder=tmp_path, deadline=time.monotonic())

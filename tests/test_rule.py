@@ -431,35 +431,51 @@ def test_autocast_keeps_small_errors_of_a_trained_network(name):
 LEARNING = [name for name in RULES if list(RULES[name](mlp_problem().net).parameters())]
 
 
+def train_ten(rule, problem, *optimizers):
+    for _ in range(10):
+        for opt in optimizers:
+            opt.zero_grad()
+        rule.backward(problem.x, problem.y)
+        for opt in optimizers:
+            opt.step()
+
+
+@pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("name", LEARNING)
-def test_feedback_that_nobody_steps_is_warned_of_once(name, mlp):
+def test_feedback_that_nobody_steps_is_warned_of_once(name, fused, mlp):
     rule = RULES[name](mlp.net, generator=generator())
-    opt = torch.optim.SGD(mlp.net.parameters(), lr=0.1)
-
-    def step():
-        opt.zero_grad()
-        rule.backward(mlp.x, mlp.y)
-        opt.step()
-
-    step()
+    opt = torch.optim.SGD(mlp.net.parameters(), lr=0.1, fused=fused)
     with pytest.warns(UserWarning, match=r"[BE]2, [BE]3 .*\*rule\.parameters\(\)"):
-        step()
+        train_ten(rule, mlp, opt)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        step()
+        train_ten(rule, mlp, opt)
+
+
+def test_of_several_feedback_matrices_those_that_rest_are_named(mlp):
+    rule = bpfree.KolenPollack(mlp.net, generator=generator())
+    with pytest.warns(UserWarning, match="learns B3 beside"):
+        train_ten(rule, mlp, torch.optim.SGD([*mlp.net.parameters(), rule.B2], lr=0.1))
 
 
 @pytest.mark.parametrize("name", RULES)
-@pytest.mark.parametrize("steps", [True, False], ids=("stepped", "accumulated"))
-def test_nothing_is_warned_of_where_all_are_stepped_or_none(name, steps, mlp):
+@pytest.mark.parametrize("way", ["together", "apart", "nobody", "own frozen"])
+def test_nothing_is_warned_of_where_all_that_learns_is_stepped_or_nothing(name, way, mlp):
     rule = RULES[name](mlp.net, generator=generator())
-    opt = torch.optim.SGD([*mlp.net.parameters(), *rule.parameters()], lr=0.1)
+    net, own = [*mlp.net.parameters()], [*rule.parameters()]
+    if way == "own frozen":
+        rule.requires_grad_(False)
+    groups = {"together": [net + own], "apart": [net, own], "nobody": [], "own frozen": [net]}[way]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        for _ in range(3):
-            rule.backward(mlp.x, mlp.y)
-            if steps:
-                opt.step()
+        train_ten(rule, mlp, *(torch.optim.SGD(g, lr=0.1) for g in groups if g))
+
+
+def test_no_warning_where_the_feedbacks_gradient_is_zero(mlp):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        train_ten(bpfree.EKDAA(mlp.net, gamma=0.0), mlp,
+                  torch.optim.SGD(mlp.net.parameters(), lr=0.1))  # fmt: skip
 
 
 @pytest.mark.parametrize("name", LEARNING)
@@ -537,7 +553,23 @@ def test_a_network_changed_after_its_rule_was_made_is_refused_and_not_trained(ch
     assert all(p.grad is None for p in net.parameters())
 
 
-@pytest.mark.parametrize("spoil", [pruned, renormed])
+def bias_pruned(net):
+    prune.random_unstructured(net[1].linear, "bias", 0.5)
+
+
+def bias_replaced(net):
+    bias = net[1].linear.bias.detach() + 5
+    del net[1].linear.bias
+    net[1].linear.bias = bias
+
+
+def test_a_block_exchanged_before_the_rule_is_made_is_refused(mlp):
+    mlp.net[-1].linear = nn.Linear(5, 9).double()
+    with pytest.raises(ValueError, match="a block was exchanged: make a new Network"):
+        bpfree.KolenPollack(mlp.net)
+
+
+@pytest.mark.parametrize("spoil", [pruned, renormed, bias_pruned, bias_replaced])
 def test_a_computed_weight_is_refused_where_a_rule_or_a_network_is_made(spoil):
     net = mlp_problem().net
     spoil(net)

@@ -6,10 +6,13 @@ import argparse
 import codecs
 import math
 import os
+import signal
 import sys
+import threading
 import time
 from collections import defaultdict
 from collections.abc import Sequence
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing
 
 import torch
@@ -116,7 +119,7 @@ def _list(args: argparse.Namespace) -> None:
 def _run(args: argparse.Namespace) -> None:
     if args.all == bool(args.names):
         raise ValueError("name the recipes to run, or say --all, not both (bpfree list)")
-    chosen = [recipes.get(name) for name in args.names or recipes.RECIPES]
+    chosen = [recipes.get(name) for name in dict.fromkeys(args.names or recipes.RECIPES)]
     on_cpu = torch.device(args.device).type == "cpu"
     if args.jobs and not on_cpu:
         raise ValueError("--jobs is for a CPU: a GPU trains all seeds of a recipe at once")
@@ -136,7 +139,9 @@ def _run(args: argparse.Namespace) -> None:
             if isinstance(result, dict):
                 accuracy = results.spread(results.final(result))
                 unit = "" if accuracy == "diverged" else " %"
-                _say(f"{recipe.name}: {accuracy}{unit} over {len(result['runs'])} seeds")
+                count = len(result["runs"])
+                told = f"{accuracy}{unit} over {count} seeds" if count else "no seed recorded yet"
+                _say(f"{recipe.name}: {told}")
             elif args.all and isinstance(result, (FileNotFoundError, DamagedFile)):
                 _say(f"{recipe.name}: not run, {result}")
             elif not isinstance(result, OutOfTime):
@@ -174,6 +179,8 @@ def main(argv: list[str] | None = None) -> int:
     _write_what_the_terminal_knows()
     args = _parser().parse_args(argv)
     keep_freed_memory()
+    if threading.current_thread() is threading.main_thread():  # a batch system's end is Ctrl-C too
+        signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
     try:
         if args.command == "list":
             _list(args)
@@ -187,6 +194,12 @@ def main(argv: list[str] | None = None) -> int:
     except OutOfTime as error:
         print(f"bpfree: {error}; the same command goes on from there", file=sys.stderr)
         return 3
+    except BrokenProcessPool:
+        print(
+            "bpfree: a process that trained was killed (out of memory?); the same command goes on "
+            "from there", file=sys.stderr,
+        )  # fmt: skip
+        return 2
     except KeyboardInterrupt:
         print("bpfree: interrupted; `bpfree run` goes on where it was", file=sys.stderr)
         return 130

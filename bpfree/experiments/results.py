@@ -24,7 +24,8 @@ KEYS = {"test_accuracy", "diverged", "seconds", "seeds_together", "device"}  # o
 
 def path(name: str, folder: str | os.PathLike | None = None) -> Path:
     """Where a recipe's result is: ``folder``, by default figures/results of this checkout."""
-    return Path(folder or ROOT / "figures" / "results").expanduser() / f"{name}.json"
+    folder = os.path.expanduser(folder or ROOT / "figures" / "results")
+    return Path(folder) / f"{name}.json"
 
 
 def read(name: str, folder: str | os.PathLike | None = None) -> dict:

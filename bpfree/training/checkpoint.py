@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import numbers
 import os
+import types
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -32,11 +36,18 @@ def write_atomic(file: Path, write: Callable[[BinaryIO], None]) -> None:
 
 
 def digest(tree: Any) -> str:
-    """sha256 of nested dicts, lists, tensors and plain values, bit for bit; functions and other
-    objects count by the name of their kind."""
-    sha = hashlib.sha256()
+    """sha256 of nested dicts, lists, tensors and plain values, bit for bit; functions count by
+    their code and what they hold, other objects by their kind and attributes."""
+    sha, inside = hashlib.sha256(), set()
 
     def add(value: Any) -> None:
+        if id(value) in inside:  # it holds itself
+            return
+        inside.add(id(value))
+        add_new(value)
+        inside.remove(id(value))
+
+    def add_new(value: Any) -> None:
         if isinstance(value, dict):
             for key in value:
                 add(key)
@@ -48,11 +59,29 @@ def digest(tree: Any) -> str:
             flat = value.detach().cpu().contiguous().reshape(-1)
             sha.update(f"{value.dtype}{tuple(value.shape)}".encode())
             sha.update(flat.view(torch.uint8).numpy().tobytes())
-        else:
-            if not isinstance(value, (str, numbers.Number, type(None))):
-                named = value if hasattr(value, "__qualname__") else type(value)
-                value = f"{named.__module__}.{named.__qualname__}"
+        elif isinstance(value, np.ndarray):
+            add([str(value.dtype), value.shape, value.tobytes()])
+        elif isinstance(value, types.CodeType):
+            add([value.co_code, value.co_names, value.co_consts])
+        elif isinstance(value, types.MethodType):
+            add([value.__func__, value.__self__])
+        elif isinstance(value, functools.partial):
+            add([value.func, value.args, value.keywords])
+        elif isinstance(value, (str, bytes, numbers.Number, type(None), torch.Size)):
             sha.update(f"{type(value).__name__}:{value!r};".encode())
+        else:
+            named = value if hasattr(value, "__qualname__") else type(value)
+            add(f"{named.__module__}.{named.__qualname__}")
+            if isinstance(value, types.FunctionType):
+                add([value.__code__, value.__defaults__, value.__kwdefaults__])
+                for cell in value.__closure__ or ():
+                    with suppress(ValueError):  # it is empty
+                        add(cell.cell_contents)
+            elif not isinstance(value, (type, torch.nn.Module, torch.Generator)):
+                add(getattr(value, "__dict__", None))
+            elif isinstance(value, torch.nn.Module):
+                add({k: v for k, v in vars(value).items() if not k.startswith("_")})
+                add(list(value.children()))
 
     add(tree)
     return sha.hexdigest()

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -139,7 +140,7 @@ def fit(
                 rule.to(device).net.to(device).train()
                 check_update(rule, data, batch_size)
             lockstep = Lockstep(made, generators, data, batch_size, optimizer, precision, compile)
-            file = None if checkpoint is None else Path(checkpoint).expanduser()
+            file = None if checkpoint is None else Path(os.path.expanduser(checkpoint))
             if file and len(groups) > 1:
                 file = file.with_name(f"{file.name}.seed{group[0]}")
             curves, spent = _train(lockstep, group, rates, probe, file, deadline, bar)
@@ -154,33 +155,36 @@ def fit(
 
 
 def _computes(option: object, device: torch.device) -> object:
-    """An option; for a function, whose name may stand for another one tomorrow, also what it makes
-    of some numbers or, if it takes none, its code."""
-    if not callable(option):
+    """An option; if it is a function of a tensor, also what it makes of small and large numbers,
+    since its name, and its code, may stand for another function tomorrow."""
+    if not isinstance(option, (FunctionType, partial, torch.nn.Module)):
         return option
+    a = torch.linspace(-2, 2, 192, device=device)
     try:
-        return option, option(torch.linspace(-2, 2, 2 * 3 * 8 * 8, device=device).view(2, 3, 8, 8))
-    except Exception:  # of whatever kind: it is not a function of a tensor
-        code, cells = (getattr(option, f"__{k}__", None) for k in ("code", "closure"))
-        held = [cell.cell_contents for cell in cells or ()]
-        return option, code and [code.co_code.hex(), code.co_names, *code.co_consts, *held]
+        return option, [option(scale * a.view(2, 3, 4, 8)) for scale in (1e-3, 1.0, 1e3)]
+    except Exception:  # of whatever kind: it is no function of a tensor
+        return option
 
 
 def _fingerprint(lockstep: Lockstep, seeds: list[int], rates: list[float], probe: int) -> str:
     """Of everything that decides a run: a checkpoint of another one must not continue it."""
-    rule, data, defaults = lockstep.rules[0], lockstep.data, lockstep.opt.defaults
+    rule, data, opt = lockstep.rules[0], lockstep.data, lockstep.opt
     shapes = {name: list(p.shape) for name, p in lockstep.params.items()}
     start = [lockstep.state_dict()[k] for k in ("params", "state", "generators")]
-    kinds = [type(o).__name__ for o in (rule, lockstep.opt)]
-    torchs = vars(torch.nn.Module())
+    groups = [{k: v for k, v in g.items() if k != "params"} for g in opt.param_groups]
+    torchs = {*vars(torch.nn.Module()), "net", "_plan", "_calls", "_first"}
+    parts = [
+        {**vars(rule), "modules": [*rule.children()]},
+        *({**vars(b), "f": b.activation, "pool": b.pool} for b in rule.net),
+    ]
     options = [
-        {k: _computes(v, lockstep.device) for k, v in vars(part).items()
-         if k not in torchs and k not in ("_plan", "_steps", "_warned")}
-        for part in (rule, *rule.net)
-    ]  # fmt: skip
+        {k: _computes(v, lockstep.device) for k, v in part.items() if k not in torchs}
+        for part in parts
+    ]
     return checkpoints.digest([
-        kinds, repr(rule.net), options, shapes, start, seeds, rates, probe, lockstep.batch_size,
-        lockstep.precision, lockstep.compile, defaults, data.scale, data.shift, data.checksum,
+        type(rule), type(opt).__name__, repr(rule.net), options, shapes, list(lockstep.learning),
+        start, seeds, rates, probe, lockstep.batch_size, lockstep.precision, lockstep.compile,
+        groups, data.scale, data.shift, data.checksum,
     ])  # fmt: skip
 
 
@@ -220,7 +224,8 @@ def _train(
         for name, value in zip(names, values, strict=False):
             value[bad >= 0] = torch.nan  # a seed that has stopped, though its stack goes on
             curves[name].append(value)
-        bad[~(values[0] <= LARGEST_LOSS) & (bad < 0)] = epoch
+        sound = (values[0] <= LARGEST_LOSS) & lockstep.finite()
+        bad[~sound & (bad < 0)] = epoch
         longest = max(longest, time.monotonic() - start)
         spent += time.monotonic() - start
         if file:

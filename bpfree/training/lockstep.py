@@ -43,6 +43,8 @@ class Lockstep:
         self.params = _stack([r.params() for r in rules])
         self.state = _stack([r.state() for r in rules])
         self.learning = {name: self.params[name] for name in rules[0].learning()}
+        if not self.learning:
+            raise ValueError("nothing learns: no parameter of the network or the rule needs a grad")
         self.opt = optimizer(list(self.learning.values()))
         self.rates = [group["lr"] for group in self.opt.param_groups]
         self.rate, self.replay = None, None
@@ -104,6 +106,12 @@ class Lockstep:
             guess = torch.cat([batch.argmax(-1) for batch in logits], -1)
         right = (guess == self.data.test_y).double().sum(-1)
         return self._per_seed(100 * right / len(self.data.test_y))
+
+    def finite(self) -> Tensor:
+        """Whether all that a seed has learnt is finite, (S,)."""
+        seeds = len(self.rules)
+        sums = [p.reshape(seeds, -1).double().sum(1) for p in self.params.values()]
+        return torch.stack(sums).sum(0).isfinite().cpu()
 
     def probe(self, n: int) -> tuple[Tensor, Tensor]:
         """Angle and norm to backprop's update on the first n training images, each (S, L)."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import contextmanager
@@ -56,9 +57,11 @@ def processes(jobs: int) -> Iterator[Callable[..., Future]]:
 
 
 def _start(lock: Any, slots: Any) -> None:
-    """In a new process: one thread, and a line of its own for its progress bar."""
+    """In a new process: one thread, a line for its progress bar, an end with its parent's."""
     global slot
     slot = slots.get()
     tqdm.set_lock(lock)
     torch.set_num_threads(1)
+    parent = multiprocessing.parent_process()
+    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
     keep_freed_memory()
