@@ -9,8 +9,7 @@ many seeds at once.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from functools import reduce
 from typing import Any, NamedTuple
 
@@ -18,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn import grad
+
+from .refuse import check_function, example, one_of
 
 Tensors = dict[str, Tensor]  # by name
 Masks = dict[int, Tensor]  # dropout masks of the blocks l that have one
@@ -36,32 +37,6 @@ ACTIVATIONS: dict[str, tuple[Callable, Callable]] = {
 
 # deterministic, parameter-free, each sample by itself: so the local derivative is well defined
 POOLS = (nn.MaxPool1d, nn.AvgPool1d, nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d)
-
-
-def one_of(name: str, given: object, known: Collection) -> None:
-    """Raise a ValueError that names the argument unless it is one of the known ones."""
-    if given not in known:
-        raise ValueError(f"{name} must be one of {known}, got {given!r}")
-
-
-def example(linear: nn.Linear | nn.Conv2d) -> Tensor:
-    """Some pre-activation of a block with this linear map."""
-    if isinstance(linear, nn.Conv2d):
-        shape: tuple[int, ...] = (2, linear.out_channels, 8, 8)
-    else:
-        shape = (4, linear.out_features)
-    return torch.linspace(-2, 2, math.prod(shape)).reshape(shape)
-
-
-def check_function(name: str, f: Callable[[Tensor], Tensor], a: Tensor) -> None:
-    """Raise unless f maps a to a tensor of its shape, each time the same, and leaves it alone."""
-    z = f(given := a.clone())
-    if not torch.equal(given, a):  # rules read a_l after it
-        raise ValueError(f"{name} must not work in place, got {f}")
-    if not isinstance(z, Tensor) or z.shape != a.shape:
-        raise ValueError(f"{name} must give a tensor of its input's shape, got {f}")
-    if not torch.allclose(f(a), z, equal_nan=True):
-        raise ValueError(f"{name} must depend on its input alone, got {f}")
 
 
 class Trace(NamedTuple):

@@ -12,7 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from .block import Tensors
-from .rule import Rule, check_batch
+from .refuse import check_batch
+from .rule import Rule
 from .rules.backprop import Backprop
 
 

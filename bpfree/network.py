@@ -7,26 +7,14 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import NoReturn, overload
 
 import torch
 from torch import Tensor, nn
 
-from .block import Activation, Block, Masks, Tensors, Trace, one_of
-
-# name -> bound of the uniform distribution, from fan-in and fan-out
-INITS: dict[str, Callable[[int, int], float]] = {
-    "he": lambda fan_in, fan_out: math.sqrt(6 / fan_in),  # He et al. 2015
-    "glorot": lambda fan_in, fan_out: math.sqrt(6 / (fan_in + fan_out)),  # Glorot & Bengio 2010
-    "torch": lambda fan_in, fan_out: math.sqrt(1 / fan_in),  # the default of nn.Linear, nn.Conv2d
-}
-
-
-def uniform(shape: Sequence[int], bound: float, generator: torch.Generator | None) -> Tensor:
-    """A tensor of independent draws from U(-bound, bound)."""
-    device = generator.device if generator is not None else None
-    return (torch.rand(shape, generator=generator, device=device) * 2 - 1) * bound
+from .block import Activation, Block, Masks, Tensors, Trace
+from .init import initialise
 
 
 class Network(nn.Sequential):
@@ -172,18 +160,6 @@ class Network(nn.Sequential):
         return list(self.blockwise(params, x, masks or {}))
 
 
-def _initialise(block: Block, init: str, generator: torch.Generator | None) -> Block:
-    one_of("init", init, sorted(INITS))
-    weight, bias = block.linear.weight, block.linear.bias
-    receptive = math.prod(weight.shape[2:])
-    bound = INITS[init](weight.shape[1] * receptive, weight.shape[0] * receptive)
-    with torch.no_grad():
-        weight.copy_(uniform(weight.shape, bound, generator))
-        if bias is not None:
-            bias.zero_()
-    return block
-
-
 def mlp(
     *sizes: int,
     activation: Activation = "relu",
@@ -211,8 +187,9 @@ def mlp(
         last = l == len(sizes) - 1
         # skip_init: PyTorch's own initialisation would draw from the global generator
         linear = nn.utils.skip_init(nn.Linear, n_in, n_out, bias=bias)
-        block = Block(linear, "identity" if last else activation, None, 0.0 if last else dropout)
-        blocks.append(_initialise(block, init, generator))
+        initialise(linear, init, generator)
+        f, drop = ("identity", 0.0) if last else (activation, dropout)
+        blocks.append(Block(linear, f, None, drop))
     return Network(*blocks)
 
 
@@ -257,8 +234,8 @@ def convnet(
     for c_out, side in zip(channels, pools, strict=True):
         conv = nn.utils.skip_init(nn.Conv2d, c_in, c_out, kernel_size, padding=padding, bias=bias)
         layer = nn.MaxPool2d(side) if side > 1 else None
-        block = Block(conv, trunk or activation, layer, dropout)
-        blocks.append(_initialise(block, init, generator))
+        initialise(conv, init, generator)
+        blocks.append(Block(conv, trunk or activation, layer, dropout))
         c_in = c_out
     below = Network(*blocks, input_shape=input_shape) if blocks else None
     n_in = math.prod(below.shapes[-1]) if below else math.prod(input_shape)

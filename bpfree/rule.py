@@ -9,10 +9,8 @@ does the rest, the same for all:
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Iterable
-from itertools import zip_longest
 from typing import NamedTuple
 
 import torch
@@ -21,6 +19,7 @@ from torch import Tensor, nn
 
 from .block import Masks, Tensors, Trace
 from .network import Network
+from .refuse import check_batch
 
 Signal = tuple[Tensor, Tensor]
 
@@ -228,41 +227,3 @@ def like_parameter(grad: Tensor, p: Tensor) -> Tensor:
     optimiser walks through both as they lie in memory."""
     same = grad.stride() == p.stride()
     return grad.to(p.dtype) if same else torch.empty_like(p).copy_(grad)
-
-
-def check_batch(rule: Rule, x: Tensor, y: Tensor) -> None:
-    """Raise unless x is a finite float batch and y are class indices that fit the rule's network,
-    and that is still the one it was made for."""
-    net = rule.net
-    for i, (was, now) in enumerate(zip_longest(rule._plan, net.plan()), 1):
-        if was != now:
-            raise ValueError(
-                f"the network is not what {type(rule).__name__} was made for: block {i} was {was}, "
-                f"is {now} (weight, bias, activation, pool); make a new rule for it"
-            )
-    if net[-1].dropout:
-        raise ValueError(f"the last block gives logits, without dropout, got {net[-1].dropout}")
-    if not (isinstance(x, Tensor) and isinstance(y, Tensor)):
-        raise TypeError(f"x and y must be tensors, got {type(x).__name__} and {type(y).__name__}")
-    if not x.is_floating_point():
-        raise TypeError(f"x must be floating point, got {x.dtype}; scale it: x.float() / 255")
-    weight = net[0].linear.weight
-    if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
-        raise TypeError(f"x must have the weights' dtype {weight.dtype}, got {x.dtype}")
-    sample = tuple(x.shape[1:])  # a Linear block flattens its input, so only the size must fit
-    fits = sample == net.input_shape
-    if not net[0].is_conv and sample:
-        fits = math.prod(sample) == math.prod(net.input_shape)
-    if not fits or len(x) == 0:
-        expected = ", ".join(map(str, net.input_shape))
-        raise ValueError(f"x must have shape (B >= 1, {expected}), got {tuple(x.shape)}")
-    if y.shape != (len(x),):
-        raise ValueError(f"y must have shape ({len(x)},), got {tuple(y.shape)}")
-    if y.is_floating_point() or y.is_complex() or y.dtype == torch.bool:
-        raise TypeError(f"y must hold integer class indices, got {y.dtype}")
-    low, high = (int(v) for v in y.long().aminmax())
-    if low < 0 or high >= net.num_classes:
-        raise ValueError(f"labels must be in 0..{net.num_classes - 1}, got {low}..{high}")
-    if not torch.isfinite(x.sum()) and not torch.isfinite(x).all():  # the sum is the faster test
-        bad = int((~torch.isfinite(x)).sum())
-        raise ValueError(f"x must be finite, got {bad} NaN or infinite values")

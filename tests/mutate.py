@@ -90,7 +90,7 @@ MUTANTS = [
     Mutant("rules/feedback.py", 'if magnitude == "fixed":', "if False:",
            "an option that falls through to the other",
            "test_feedback.py::test_magnitude_changes_the_hidden_gradients_in_size_and_direction"),
-    Mutant("network.py", "torch.rand(shape, generator=generator, device=device) * 2",
+    Mutant("init.py", "torch.rand(shape, generator=generator, device=device) * 2",
            "torch.rand(shape, device=device) * 2", "weights from the global generator",
            "test_network.py::test_initial_weights_come_from_the_given_generator_alone"),
     # ---- PEPITA and mirroring ----
@@ -170,7 +170,7 @@ MUTANTS = [
     Mutant("block.py", 'if linear.padding_mode != "zeros":', "if False:",
            "reflect padding becomes zeros without a word",
            "test_network.py::test_a_misuse_is_refused_and_the_given_value_named[padding mode]"),
-    Mutant("rule.py", "high >= net.num_classes", "high > net.num_classes",
+    Mutant("refuse.py", "high >= net.num_classes", "high > net.num_classes",
            "a label that is no class is accepted",
            "test_rule.py::test_a_bad_batch_is_refused_by_name_and_changes_nothing"),
     # ---- training, measures, data ----
@@ -192,13 +192,13 @@ MUTANTS = [
     Mutant("experiments/record.py", "runs = {**result[\"runs\"], **new}", "runs = new",
            "seeds of another process are lost", "test_results.py::"
            "test_a_seed_that_another_process_recorded_meanwhile_stays"),
-    Mutant("rule.py", "if was != now:", "if False:",
+    Mutant("refuse.py", "if was != now:", "if False:",
            "a network changed under its rule", "test_rule.py::"
            "test_a_network_changed_after_its_rule_was_made_is_refused_and_not_trained"),
     Mutant("rule.py", "if p.requires_grad and q.requires_grad", "if p.requires_grad",
            "feedback learns beside a frozen weight",
            "test_rule.py::test_feedback_beside_a_frozen_weight_rests_with_it"),
-    Mutant("training/fit.py", "~(values[0] <= LARGEST_LOSS)", "~values[0].isfinite()",
+    Mutant("training/fit.py", "values[0] <= LARGEST_LOSS", "values[0].isfinite()",
            "a loss of 10^20 is training",
            "test_fit.py::test_a_loss_out_of_every_sensible_range_has_diverged"),
     Mutant("training/check.py", "own[key].mul_(-1e3).add_(1)", "pass",

@@ -10,8 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..block import ACTIVATIONS, Activation, Trace, check_function, example, one_of
+from ..block import ACTIVATIONS, Activation, Trace
 from ..network import Network
+from ..refuse import check_function, example, one_of
 from ..rule import Signal
 from ..rules.ekdaa import EKDAA
 

@@ -7,10 +7,11 @@ import math
 import torch
 from torch import Tensor, nn
 
-from ..block import Trace, one_of
+from ..block import Trace
 from ..network import Network
+from ..refuse import check_scale, one_of
 from .backprop import Backprop
-from .feedback import check_scale, like_weight
+from .feedback import like_weight
 
 
 class EKDAA(Backprop):

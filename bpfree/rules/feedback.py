@@ -11,16 +11,11 @@ import math
 import torch
 from torch import Tensor, nn
 
-from ..block import one_of
-from ..network import Network, uniform
+from ..init import uniform
+from ..network import Network
+from ..refuse import check_scale, one_of
 from ..rule import Rule
 from .backprop import Backprop
-
-
-def check_scale(name: str, scale: float) -> None:
-    """Raise a ValueError that names the argument unless it is a positive finite number."""
-    if not (math.isfinite(scale) and scale > 0):
-        raise ValueError(f"{name} must be a positive finite number, got {scale}")
 
 
 def like_weight(weight: Tensor, scale: float, generator: torch.Generator | None) -> Tensor:

@@ -9,10 +9,11 @@ from collections.abc import Iterator
 import torch
 import torch.nn.functional as F
 
-from ..block import Block, Trace, one_of
-from ..network import Network, uniform
+from ..block import Block, Trace
+from ..init import uniform
+from ..network import Network
+from ..refuse import check_scale, one_of
 from ..rule import Rule, Signal
-from .feedback import check_scale
 from .mirroring import factors, mirror
 
 

@@ -6,7 +6,8 @@ import torch
 
 from ..block import Tensors
 from ..data import Data
-from ..rule import Rule, check_batch
+from ..refuse import check_batch
+from ..rule import Rule
 from .device import precision
 
 

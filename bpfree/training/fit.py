@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ..block import one_of
 from ..data import Data
+from ..refuse import one_of
 from ..rule import Rule
 from . import checkpoint as checkpoints
 from .check import check_rule, check_update

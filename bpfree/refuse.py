@@ -1,0 +1,81 @@
+"""What is refused, and how it is said: with the argument's name, what is expected and what came."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection
+from itertools import zip_longest
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def one_of(name: str, given: object, known: Collection) -> None:
+    """Raise a ValueError that names the argument unless it is one of the known ones."""
+    if given not in known:
+        raise ValueError(f"{name} must be one of {known}, got {given!r}")
+
+
+def example(linear: nn.Linear | nn.Conv2d) -> Tensor:
+    """Some pre-activation of a block with this linear map."""
+    if isinstance(linear, nn.Conv2d):
+        shape: tuple[int, ...] = (2, linear.out_channels, 8, 8)
+    else:
+        shape = (4, linear.out_features)
+    return torch.linspace(-2, 2, math.prod(shape)).reshape(shape)
+
+
+def check_function(name: str, f: Callable[[Tensor], Tensor], a: Tensor) -> None:
+    """Raise unless f maps a to a tensor of its shape, each time the same, and leaves it alone."""
+    z = f(given := a.clone())
+    if not torch.equal(given, a):  # rules read a_l after it
+        raise ValueError(f"{name} must not work in place, got {f}")
+    if not isinstance(z, Tensor) or z.shape != a.shape:
+        raise ValueError(f"{name} must give a tensor of its input's shape, got {f}")
+    if not torch.allclose(f(a), z, equal_nan=True):
+        raise ValueError(f"{name} must depend on its input alone, got {f}")
+
+
+def check_scale(name: str, scale: float) -> None:
+    """Raise a ValueError that names the argument unless it is a positive finite number."""
+    if not (math.isfinite(scale) and scale > 0):
+        raise ValueError(f"{name} must be a positive finite number, got {scale}")
+
+
+def check_batch(rule: Any, x: Tensor, y: Tensor) -> None:
+    """Raise unless x is a finite float batch and y are class indices that fit the rule's network,
+    and that is still the one it was made for."""
+    net = rule.net
+    for i, (was, now) in enumerate(zip_longest(rule._plan, net.plan()), 1):
+        if was != now:
+            raise ValueError(
+                f"the network is not what {type(rule).__name__} was made for: block {i} was {was}, "
+                f"is {now} (weight, bias, activation, pool); make a new rule for it"
+            )
+    if net[-1].dropout:
+        raise ValueError(f"the last block gives logits, without dropout, got {net[-1].dropout}")
+    if not (isinstance(x, Tensor) and isinstance(y, Tensor)):
+        raise TypeError(f"x and y must be tensors, got {type(x).__name__} and {type(y).__name__}")
+    if not x.is_floating_point():
+        raise TypeError(f"x must be floating point, got {x.dtype}; scale it: x.float() / 255")
+    weight = net[0].linear.weight
+    if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
+        raise TypeError(f"x must have the weights' dtype {weight.dtype}, got {x.dtype}")
+    sample = tuple(x.shape[1:])  # a Linear block flattens its input, so only the size must fit
+    fits = sample == net.input_shape
+    if not net[0].is_conv and sample:
+        fits = math.prod(sample) == math.prod(net.input_shape)
+    if not fits or len(x) == 0:
+        expected = ", ".join(map(str, net.input_shape))
+        raise ValueError(f"x must have shape (B >= 1, {expected}), got {tuple(x.shape)}")
+    if y.shape != (len(x),):
+        raise ValueError(f"y must have shape ({len(x)},), got {tuple(y.shape)}")
+    if y.is_floating_point() or y.is_complex() or y.dtype == torch.bool:
+        raise TypeError(f"y must hold integer class indices, got {y.dtype}")
+    low, high = (int(v) for v in y.long().aminmax())
+    if low < 0 or high >= net.num_classes:
+        raise ValueError(f"labels must be in 0..{net.num_classes - 1}, got {low}..{high}")
+    if not torch.isfinite(x.sum()) and not torch.isfinite(x).all():  # the sum is the faster test
+        bad = int((~torch.isfinite(x)).sum())
+        raise ValueError(f"x must be finite, got {bad} NaN or infinite values")
