@@ -45,7 +45,7 @@ class Network(nn.Sequential):
                 f"input_shape must be (channels, height, width), got {tuple(input_shape)}"
             )
         self.input_shape = tuple(input_shape)
-        self.shapes = self._activity_shapes()
+        self.shapes, self.made_of = self._activity_shapes(), self.geometry()
 
     def _activity_shapes(self) -> list[tuple[int, ...]]:
         """Shape of each h_l for one sample, found by a pass that computes nothing."""
@@ -85,6 +85,10 @@ class Network(nn.Sequential):
 
     def add_module(self, name: str, module: nn.Module | None) -> None:
         self._fixed() if "shapes" in vars(self) else super().add_module(name, module)
+
+    def geometry(self) -> list[tuple]:
+        """What decides the shapes of activities, block by block."""
+        return [(block.linear.extra_repr(), block.pool) for block in self]
 
     def plan(self) -> list[tuple]:
         """What rules rely on, block by block: maps with weights of their own, then phi."""

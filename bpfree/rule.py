@@ -72,7 +72,7 @@ class Rule(nn.Module):
             raise ValueError(f"{name} needs logits of shape (B, C >= 2), got (B, {net.shapes[-1]})")
         self.__dict__["net"] = net  # past nn.Module.__setattr__, which would adopt it
         self.generator, self._plan = generator, net.plan()
-        if net._activity_shapes() != net.shapes:
+        if net.geometry() != net.made_of:
             raise ValueError("a block was exchanged: make a new Network of the blocks")
         self._calls = 0  # of ``backward``
         self._first: Tensors = {}  # what learnt, at the first of them

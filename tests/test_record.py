@@ -42,13 +42,14 @@ def test_seeds_at_once_have_the_records_of_seeds_one_at_a_time(tmp_path):
 
 
 COMMAND = """if True:
-    import dataclasses, sys
+    import dataclasses, signal, sys
     from bpfree import recipes
     from bpfree.experiments import cli
     from bpfree.experiments.recipe import Recipe
     if __name__ == "__main__":  # a process for a seed imports this file too
         small = Recipe("small", "digits", ("mlp", (64, 32, 10), {}), "Backprop", {}, EPOCHS, 0.05)
         recipes.RECIPES["small"] = small
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job ignores it
         sys.exit(cli.main(["run", "small", "--jobs=2", "--seeds=0:4", *sys.argv[1:]]))
 """
 
