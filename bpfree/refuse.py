@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Collection
 from itertools import zip_longest
 from typing import Any
@@ -79,3 +80,26 @@ def check_batch(rule: Any, x: Tensor, y: Tensor) -> None:
     if not torch.isfinite(x.sum()) and not torch.isfinite(x).all():  # the sum is the faster test
         bad = int((~torch.isfinite(x)).sum())
         raise ValueError(f"x must be finite, got {bad} NaN or infinite values")
+
+
+def warn_of_what_rests(rule: Any, learning: dict[str, Tensor]) -> None:
+    """Once, after ten calls: of what the rule should have learnt while the weights did, but
+    nobody stepped. Its gradient piles up, and it trains as another rule."""
+    rule._calls += 1
+    if rule._calls not in (1, 10) or not any(n.startswith("rule.") for n in learning):
+        return
+    # a norm stands for the values, of which a copy would double the memory of the network
+    norms = {n: torch.linalg.vector_norm(p.detach(), dtype=torch.float64).item()
+             for n, p in learning.items() if p.numel()}  # fmt: skip
+    first, rule._first = rule._first, norms
+    if rule._calls == 1:
+        return
+    rest = {n: p for n, p in learning.items() if n in first and first[n] == norms[n]}
+    own = [n.removeprefix("rule.") for n, p in rest.items()
+           if n.startswith("rule.") and p.grad is not None and p.grad.any()]  # fmt: skip
+    if own and any(n not in rest for n in learning if not n.startswith("rule.")):
+        warnings.warn(
+            f"{type(rule).__name__} learns {', '.join(own)} beside the weights, but the "
+            "optimiser steps the weights alone: give it [*net.parameters(), "
+            "*rule.parameters()]", stacklevel=3,
+        )  # fmt: skip

@@ -9,9 +9,9 @@ does the rest, the same for all:
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Iterable
-from typing import NamedTuple
+from collections import deque
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -19,9 +19,10 @@ from torch import Tensor, nn
 
 from .block import Masks, Tensors, Trace
 from .network import Network
-from .refuse import check_batch
+from .refuse import check_batch, warn_of_what_rests
 
-Signal = tuple[Tensor, Tensor]
+# (r_l, delta_l), and where the rule's own parameters learn from what block l did, their gradients
+Signal = tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Tensors]
 
 
 class Update(NamedTuple):
@@ -30,7 +31,7 @@ class Update(NamedTuple):
     loss: Tensor  # mean cross-entropy of the batch, a scalar, in nats
     logits: Tensor  # (B, C)
     grads: Tensors  # keyed and shaped like ``Rule.params()``
-    signals: list[Signal]  # (r_l, delta_l) for l = 1..L; [] where they were not to be kept
+    signals: list[tuple[Tensor, Tensor]]  # (r_l, delta_l), l = 1..L; [] where not to be kept
 
 
 class Rule(nn.Module):
@@ -52,6 +53,7 @@ class Rule(nn.Module):
     """
 
     net: Network
+    forward_only = False  # whether signals are made as the first pass goes, before the output is
 
     def __init__(self, net: Network, generator: torch.Generator | None = None):
         super().__init__()
@@ -75,7 +77,7 @@ class Rule(nn.Module):
         if net.geometry() != net.made_of:
             raise ValueError("a block was exchanged: make a new Network of the blocks")
         self._calls = 0  # of ``backward``
-        self._first: Tensors = {}  # what learnt, at the first of them
+        self._first: dict[str, float] = {}  # norms of what learnt, at the first of them
 
     # ---- what a subclass says -------------------------------------------------------------------
 
@@ -84,20 +86,26 @@ class Rule(nn.Module):
     ) -> Iterable[Signal]:
         """(r_l, delta_l) for l = 1..L in this order; delta_l has the shape of a_l.
 
+        A third element, {own parameter: gradient}, is for what the rule learns from block l by
+        itself; names are those of ``params()``, gradients means over the batch.
+
         Args:
             params: as ``params()``; read weights here, never from ``self.net``.
             state: as ``state()``; read fixed feedback here, never from ``self``.
-            trace: r, a, z, h of every block on this batch.
-            error: e = softmax(a_L) - y, (B, C).
+            trace: r, a, z, h of every block on this batch. If ``forward_only`` it is an iterator
+                that runs the pass: each block's signal is given before the next block computes, so
+                that nothing of a block outlives it.
+            error: e = softmax(a_L) - y, (B, C). If ``forward_only`` it is empty: the last block's
+                signal is its own ``output_error``.
             target: y one-hot, (B, C).
         """
         raise NotImplementedError
 
     def first_pass(
         self, params: Tensors, state: Tensors, x: Tensor, masks: Masks
-    ) -> tuple[list[Trace], Tensors]:
+    ) -> tuple[Iterable[Trace], Tensors]:
         """The forward pass, and the state, to which it may add what ``signals`` needs of it."""
-        return self.net.trace(params, x, masks), state
+        return self.net.blockwise(params, x, masks), state
 
     def refresh(self, params: Tensors, state: Tensors, generator: torch.Generator) -> Tensors:
         """New values of parts of the state, or {}; asked for by ``fit`` before each epoch."""
@@ -105,8 +113,8 @@ class Rule(nn.Module):
 
     def beside(self) -> dict[str, tuple[str, float]]:
         """{own parameter: (weight, share)}: what learns beside a weight gets that share of its
-        gradient, and rests while the weight is frozen. A rule with parameters of its own must
-        override it."""
+        gradient, and rests while the weight is frozen. Own parameters that are not here get theirs
+        from ``signals``."""
         return {}
 
     # ---- what the library does ------------------------------------------------------------------
@@ -148,22 +156,31 @@ class Rule(nn.Module):
         """
         if masks is None:
             masks = self.net.masks(len(x), generator)
-        trace, state = self.first_pass(params, state, x, masks)
-        logits = trace[-1].h
+        passes, state = self.first_pass(params, state, x, masks)
         # in bfloat16 the errors of a trained network would round to zero
-        log_p = F.log_softmax(logits, 1, dtype=torch.promote_types(logits.dtype, torch.float32))
-        target = (y[:, None] == torch.arange(logits.shape[1], device=y.device)).to(log_p.dtype)
-        loss = F.nll_loss(log_p, y.long())
-        signals = iter(self.signals(params, state, trace, log_p.exp() - target, target))
-        del trace
-        grads, kept, wanted = {}, [], len(self.net)
+        precise = torch.promote_types(params["0.linear.weight"].dtype, torch.float32)
+        target = (y[:, None] == torch.arange(self.net.num_classes, device=y.device)).to(precise)
+        logits: deque[Tensor] = deque(maxlen=1)
+        if self.forward_only:
+            trace: Any = _watched(passes, logits)
+            error = target[:0]
+        else:
+            trace = [*passes]
+            logits.append(trace[-1].h)
+            error = output_error(trace[-1].h, target)
+        signals = iter(self.signals(params, state, trace, error, target))
+        del passes, trace
+        grads: Tensors = {}
+        kept, wanted = [], len(self.net)
         for l, block in enumerate(self.net):
             signal = next(signals, None)
             if signal is None:
                 raise ValueError(f"{type(self).__name__} must give {wanted} signals, gave {l}")
+            r, delta, *own = signal
             if keep_signals:
-                kept.append(signal)
-            r, delta = signal
+                kept.append((r, delta))
+            for gradients in own:
+                grads |= gradients
             for name, grad in block.outer(delta, r, 1 / len(x)).items():
                 grads[f"{l}.linear.{name}"] = grad
         if next(signals, None) is not None:
@@ -177,7 +194,8 @@ class Rule(nn.Module):
                     f"{type(self).__name__} must give {name} a gradient of shape "
                     f"{tuple(p.shape)}, got {got}"
                 )
-        return Update(loss, logits, grads, kept)
+        loss = F.nll_loss(F.log_softmax(logits[0], 1, dtype=precise), y.long())
+        return Update(loss, logits[0], grads, kept)
 
     def backward(self, x: Tensor, y: Tensor) -> Tensor:
         """Accumulate the rule's gradients into ``.grad``, as ``loss.backward()`` would.
@@ -193,7 +211,7 @@ class Rule(nn.Module):
         """
         check_batch(self, x, y)
         learning = self.learning()
-        self._warn_of_what_rests(learning)
+        warn_of_what_rests(self, learning)
         update = self.update(
             self.params(), self.state(), x, y, self.generator, keep_signals=False
         )  # fmt: skip
@@ -202,24 +220,17 @@ class Rule(nn.Module):
             p.grad = grad if p.grad is None else p.grad.add_(grad)
         return update.loss
 
-    def _warn_of_what_rests(self, learning: Tensors) -> None:
-        """Once, after ten calls: of what the rule should have learnt while the weights did, but
-        nobody stepped. Its gradient piles up, and it trains as another rule."""
-        self._calls += 1
-        if self._calls == 1 and any(n.startswith("rule.") for n in learning):
-            self._first = {n: p.detach().clone() for n, p in learning.items()}
-        if self._calls < 10 or not self._first:
-            return
-        first, self._first = self._first, {}
-        rest = {n: p for n, p in learning.items() if n in first and torch.equal(p, first[n])}
-        own = [n.removeprefix("rule.") for n, p in rest.items()
-               if n.startswith("rule.") and p.grad is not None and p.grad.any()]  # fmt: skip
-        if own and any(n not in rest for n in learning if not n.startswith("rule.")):
-            warnings.warn(
-                f"{type(self).__name__} learns {', '.join(own)} beside the weights, but the "
-                "optimiser steps the weights alone: give it [*net.parameters(), "
-                "*rule.parameters()]", stacklevel=3,
-            )  # fmt: skip
+
+def output_error(logits: Tensor, target: Tensor) -> Tensor:
+    """e = softmax(logits) - target, (B, C), in the target's dtype."""
+    return F.softmax(logits, 1, dtype=target.dtype) - target
+
+
+def _watched(passes: Iterable[Trace], last: deque[Tensor]) -> Iterator[Trace]:
+    """The same, with the activity of the block that came last within reach."""
+    for t in passes:
+        last.append(t.h)
+        yield t
 
 
 def like_parameter(grad: Tensor, p: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ RULES = {
     "DRTP": ("DRTP", "#CC79A7", (0, (1, 1)), "P"),
     "PEPITA": ("PEPITA", "#E69F00", (0, (7, 2)), "*"),
     "EKDAA": ("EKDAA", "#882255", (0, (5, 1, 1, 1, 1, 1)), "X"),
+    "LeaderFollower": ("LFNN", "#332288", (0, (2, 1)), "h"),
     "Frozen": ("frozen hidden layers", "#7F7F7F", ":", "x"),
     "Shuffled": ("shuffled signal", "#A6761D", (0, (4, 2, 1, 2)), "+"),
 }

@@ -38,6 +38,13 @@ EKDAAS: dict[str, Callable[..., bpfree.Rule]] = {
         normalise_feedback=True, normalise_updates=True, scale_updates=True,
     ),
 }  # fmt: skip
+# heads of their own teach the blocks; what workers see of their own needs widths that they divide
+LEADER_FOLLOWERS: dict[str, Callable[..., bpfree.Rule]] = {
+    "lfnn-l": partial(bpfree.LeaderFollower, workers=4, leaders=0.6, lambda_follower=0.5),
+    "lfnn": partial(
+        bpfree.LeaderFollower, workers=3, leaders=0.3, local=False, maps="flat", lambda_leader=0.8
+    ),
+}
 # every rule with every option that changes its signal; the keys are the tests' ids
 RULES: dict[str, Callable[..., bpfree.Rule]] = {
     "backprop": bpfree.Backprop,
@@ -50,13 +57,23 @@ RULES: dict[str, Callable[..., bpfree.Rule]] = {
     "frozen": bpfree.Frozen,
     **TWO_PASS,
     **EKDAAS,
+    **LEADER_FOLLOWERS,
 }
 # those with r_l = h_{l-1} and delta_L = e, which need no hidden block
 ONE_PASS = [name for name in RULES if name not in TWO_PASS]
 # those with feedback of their own: random draws that differ from one generator to another
-WITH_FEEDBACK = ("fa", "sign-fixed", "kp", "dfa", "drtp", *TWO_PASS, "ekdaa-random")
+WITH_FEEDBACK = (
+    "fa",
+    "sign-fixed",
+    "kp",
+    "dfa",
+    "drtp",
+    *TWO_PASS,
+    "ekdaa-random",
+    *LEADER_FOLLOWERS,
+)
 # those whose feedback is a parameter
-LEARNING_FEEDBACK = ("kp", *EKDAAS)
+LEARNING_FEEDBACK = ("kp", *EKDAAS, *LEADER_FOLLOWERS)
 # those in which a sample's signal depends on the others of its batch: no T12
 BATCHWISE = ("ekdaa-released",)
 
@@ -223,8 +240,17 @@ def written_out(
         def broadcast(sent: Tensor) -> list[Tensor]:
             return [(sent @ fixed["D1"]) * slope1, (sent @ fixed["D2"]) * slope2, e]
 
+        def crowd(local: bool = True, **given) -> tuple[list[Tensor], dict[str, Tensor]]:
+            taught = {l: heads(fixed[f"V{l}"], h, y, **given) for l, h in ((1, h1), (2, h2))}
+            delta2 = (taught[2][0] + (0 if local else e @ W3)) * slope2
+            delta1 = (taught[1][0] + (0 if local else delta2 @ W2)) * slope1
+            return [delta1, delta2, e], {f"rule.V{l}": grad for l, (_, grad) in taught.items()}
+
+        own: dict[str, Tensor] = {}
         if name == "backprop":
             deltas = descend(W3, W2)
+        elif name in LEADER_FOLLOWERS:
+            deltas, own = crowd(**options)
         elif name in ("fa", "kp"):
             deltas = descend(fixed["B3"], fixed["B2"])
         elif name.startswith("sign"):
@@ -246,7 +272,35 @@ def written_out(
         if name in EKDAAS:
             gamma = options.get("gamma", 0.1)
             grads |= {f"rule.E{l}": gamma * grads[f"{l - 1}.linear.weight"] for l in (2, 3)}
-    return deltas, grads
+    return deltas, grads | own
+
+
+def heads(
+    V: Tensor,
+    h: Tensor,
+    y: Tensor,
+    *,
+    workers: int,
+    leaders: float,
+    lambda_leader: float = 1.0,
+    lambda_follower: float = 1.0,
+    **_,
+) -> tuple[Tensor, Tensor]:
+    """u and the gradient of V, sample by sample and worker by worker, from the closed form."""
+    u, grad = torch.zeros_like(h), torch.zeros_like(V)
+    m, C = math.ceil(leaders * workers), V.shape[1]
+    for b in range(len(h)):
+        s = [V[w] @ h[b] for w in range(workers)]
+        p = [torch.softmax(scores, 0) for scores in s]
+        ranked = sorted(range(workers), key=lambda w: -float(p[w][y[b]]))
+        for rank, w in enumerate(ranked):
+            if rank < m:
+                q = lambda_leader * (p[w] - torch.eye(C, dtype=h.dtype)[y[b]]) / m
+            else:
+                q = lambda_follower * 2 / C * (s[w] - s[ranked[0]]) / (workers - m)
+            u[b] += V[w].T @ q
+            grad[w] += torch.outer(q, h[b]) / len(h)
+    return u, grad
 
 
 # ---- the rules on any chain, each block cut out and differentiated alone -----------------------
@@ -403,6 +457,62 @@ def towards_targets(
     return [scales[l] * deltas[l] for l in cuts], grads
 
 
+def crowd_loss(
+    V: Tensor,
+    h: Tensor,
+    y: Tensor,
+    *,
+    workers: int,
+    leaders: float,
+    maps: str = "mean",
+    sees: str = "all",
+    lambda_leader: float = 1.0,
+    lambda_follower: float = 1.0,
+    **_,
+) -> Tensor:
+    """A block's own loss, for autograd to differentiate: the paper's words, no closed form."""
+    seen = h if h.dim() == 2 else h.mean((2, 3)) if maps == "mean" else h.flatten(1)
+    each = [seen] * workers if sees == "all" else seen.chunk(workers, 1)
+    scores = [own @ head.T for own, head in zip(each, V, strict=True)]
+    total, m = h.new_zeros(()), math.ceil(leaders * workers)
+    for b in range(len(h)):
+        losses = [F.cross_entropy(s[b], y[b]) for s in scores]
+        ranked = sorted(range(workers), key=lambda w, losses=losses: losses[w].item())
+        leading, following = ranked[:m], ranked[m:]
+        best = scores[ranked[0]][b].detach()
+        total = total + lambda_leader * torch.stack([losses[w] for w in leading]).mean()
+        if following:
+            far = torch.stack([F.mse_loss(scores[w][b], best) for w in following])
+            total = total + lambda_follower * far.mean()
+    return total / len(h)
+
+
+def crowds(
+    net: bpfree.Network,
+    V: dict[str, Tensor],
+    x: Tensor,
+    y: Tensor,
+    masks: dict[int, Tensor] | None = None,
+    *,
+    local: bool = True,
+    **options,
+) -> tuple[list[Tensor], dict[str, Tensor]]:
+    """Teaching signals and gradients of leader-follower networks."""
+    cuts, L = dict(enumerate(cut_up(net, x, masks), 1)), len(net)
+    deltas, grads = {L: error_and_target(cuts[L].h.detach(), y)[0]}, {}
+    for l in range(L - 1, 0, -1):
+        cut, head = cuts[l], V[f"V{l}"].clone().requires_grad_()
+        loss = crowd_loss(head, cut.h, y, **options)
+        own, grads[f"rule.V{l}"] = torch.autograd.grad(loss, (cut.a, head), retain_graph=True)
+        deltas[l] = own * len(x)
+        if not local:
+            W = net[l].linear.weight.detach()
+            deltas[l] = deltas[l] + cut.slope_times(cuts[l + 1].carry(deltas[l + 1], W))
+    for l, cut in cuts.items():
+        grads |= {f"{l - 1}.linear.{k}": g for k, g in cut.gradients(deltas[l]).items()}
+    return [deltas[l] for l in cuts], grads
+
+
 def block_by_block(
     name: str,
     net: bpfree.Network,
@@ -417,6 +527,8 @@ def block_by_block(
         return two_passes(net, fixed["F"], x, y, masks, **options)
     if name in EKDAAS:
         return towards_targets(net, fixed, x, y, masks, **getattr(RULES[name], "keywords", {}))
+    if name in LEADER_FOLLOWERS:
+        return crowds(net, fixed, x, y, masks, **getattr(RULES[name], "keywords", {}))
     cuts, L = dict(enumerate(cut_up(net, x, masks), 1)), len(net)
     e, t = error_and_target(cuts[L].h.detach(), y)
     W = {l: block.linear.weight.detach() for l, block in enumerate(net, 1)}

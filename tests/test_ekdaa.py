@@ -196,7 +196,7 @@ def without_error(target):
     with torch.no_grad():
         trace, state = rule.first_pass(params, state, x, {})
         zero = torch.zeros(len(x), 5, dtype=x.dtype)
-        return [delta for _, delta in rule.signals(params, state, trace, zero, zero)]
+        return [delta for _, delta in rule.signals(params, state, [*trace], zero, zero)]
 
 
 def test_a_target_that_is_up_sampled_teaches_without_any_error():

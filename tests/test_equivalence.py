@@ -14,6 +14,7 @@ from oracles import (
     convnets,
     copies,
     cut_up,
+    deep_problems,
     error_and_target,
     generator,
     hidden_weights,
@@ -504,6 +505,107 @@ def test_T8_feedback_less_gamma_times_the_weights_shrinks_with_the_decay_alone(
                     {k: left * (E_0[k] - gamma * W_0[k]) for k in E})  # fmt: skip
         if start == "weights" and not weight_decay:
             assert_same(E, {k: (1 - gamma) * W_0[k] + gamma * W[k] for k in E})
+
+
+# ---- leader-follower networks --------------------------------------------------------------------
+
+
+def crowd(net, **options):
+    return bpfree.LeaderFollower(net, **options, generator=generator())
+
+
+@given(problems)
+def test_T9_lfnn_without_losses_of_its_own_is_backprop(problem):
+    net, x, y = problem
+    rule = crowd(net, workers=3, local=False, lambda_leader=0.0, lambda_follower=0.0)
+    grads = update_of(rule, x, y).grads
+    assert all(not g.any() for name, g in grads.items() if name.startswith("rule."))
+    assert_same({k: g for k, g in grads.items() if not k.startswith("rule.")},
+                autograd_grads(net, x, y))  # fmt: skip
+
+
+def product_above(net, l):
+    """W_L ... W_{l+1}, as the head of one worker."""
+    product = torch.eye(net.num_classes, dtype=torch.float64)
+    for block in list(net)[: l - 1 : -1]:
+        product = product @ block.linear.weight.detach()
+    return product[None]
+
+
+def linear_above(problem, l, above="identity"):
+    """The same network with blocks l + 1, l + 2, ... linear and without bias."""
+    net, x, y = problem
+    kept = [*net][:l]
+    rest = bpfree.mlp(*(b.linear.in_features for b in [*net][l:]), net.num_classes,
+                      activation=above, generator=generator(5)).double()  # fmt: skip
+    return bpfree.Network(*kept, *rest), x, y
+
+
+@given(mlps(depth=(2, 4)), st.data())
+def test_T9_one_worker_whose_head_is_the_linear_network_above_teaches_its_block_backprop(
+    problem, data
+):
+    l = data.draw(st.integers(1, len(problem.net) - 1))
+    net, x, y = linear_above(problem, l)
+    rule = crowd(net, workers=1, leaders=1.0)
+    rule.load_state_dict({f"V{l}": product_above(net, l)}, strict=False)
+    ours, exact = update_of(rule, x, y).grads, autograd_grads(net, x, y)
+    block = [name for name in exact if name.startswith(f"{l - 1}.")]
+    assert_same({k: ours[k] for k in block}, {k: exact[k] for k in block})
+
+
+def test_T9_fails_where_a_block_above_is_curved():
+    l, problem = 1, mlp_problem(6, 5, 5, 4)
+    for above, equal in (("identity", True), ("tanh", False)):
+        net, x, y = linear_above(problem, l, above)
+        rule = crowd(net, workers=1, leaders=1.0)
+        rule.load_state_dict({"V1": product_above(net, l)}, strict=False)
+        name = "0.linear.weight"
+        error = relative_error(update_of(rule, x, y).grads[name], autograd_grads(net, x, y)[name])
+        assert (error < 1e-12) == equal
+        assert equal or error > 0.01
+
+
+@pytest.mark.parametrize("local", [True, False])
+@given(deep_problems, st.data())
+def test_T10_what_is_downstream_of_a_block_changes_no_bit_of_its_update(local, problem, data):
+    net, x, y = problem
+    l = data.draw(st.integers(1, len(net) - 1))
+    rule = crowd(net, workers=3, leaders=0.6, local=local)
+    params = rule.params()
+    upstream = [f"{m}." for m in range(l)] + [f"rule.V{m}" for m in range(1, l + 1)]
+    other = {
+        k: p if k.startswith(tuple(upstream)) else -3 * p.detach() + 0.1 for k, p in params.items()
+    }
+    before, after = (rule.update(p, rule.state(), x, y).grads for p in (params, other))
+    same = [torch.equal(before[k], after[k]) for k in params if k.startswith(f"{l - 1}.linear")]
+    assert all(same) or not local
+    head = f"rule.V{l}"  # its own scores are all that it needs, in both
+    assert torch.equal(before[head], after[head])
+    if not local:  # the falsifier: LFNN's global loss comes down through the weights above
+        assume(before[f"{l - 1}.linear.weight"].norm() > 1e-6)
+        assume(after[f"{l - 1}.linear.weight"].norm() > 1e-6)
+        assume(update_of(bpfree.Backprop(net), x, y).grads[f"{l - 1}.linear.weight"].any())
+        assert not all(same)
+
+
+@given(deep_problems, st.sampled_from(["all", "surest"]))
+def test_T14_the_loss_of_a_vote_is_at_most_the_mean_loss_of_its_voters(problem, among):
+    net, x, y = problem
+    rule = crowd(net, workers=4, leaders=0.5)
+    h = net.trace(rule.params(), x)[-2].h
+    s = rule.scores(h, rule.get_parameter(f"V{len(net) - 1}")).detach()
+    losses = torch.stack([error_and_target_loss(s[:, w], y) for w in range(4)], 1)
+    if among == "surest":
+        chosen = rule.leads(-s.log_softmax(2).amax(2))
+        losses = losses[chosen].reshape(len(x), -1)
+    vote = error_and_target_loss(rule.vote(x, among), y)
+    assert (vote <= losses.mean(1) + 1e-12).all()
+
+
+def error_and_target_loss(scores, y):
+    """Cross-entropy of each sample, (B,)."""
+    return scores.logsumexp(1) - scores[torch.arange(len(y)), y]
 
 
 # ---- every rule ----------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ import pytest
 import torch
 from oracles import (
     EKDAAS,
+    LEADER_FOLLOWERS,
     LEARNING_FEEDBACK,
     ONE_PASS,
     RULES,
@@ -234,6 +235,7 @@ def test_what_is_fixed_is_a_buffer_and_what_learns_is_a_parameter(name, mlp):
         "backprop": set(),
         "frozen": set(),
         **dict.fromkeys(TWO_PASS, {"F"}),
+        **dict.fromkeys(LEADER_FOLLOWERS, {"V1", "V2"}),
     }.get(name, {f"{letters.get(name)}{l}" for l in (2, 3)})
     assert set(rule.state_dict()) == keys
     learns = name in LEARNING_FEEDBACK

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Sequence
-from functools import partial
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from .. import network, rules
 from ..data import Data, load
@@ -32,6 +32,7 @@ class Recipe:
     weight_decay: float = 0.0
     batch_size: int = 64
     milestones: tuple[int, ...] = ()  # epochs, counted from 0
+    algorithm: str = "sgd"  # or "adam", which takes no momentum
     shift: float = 0.0  # added to the inputs, which are in [0, 1] without
     seeds: tuple[int, ...] = (0, 1, 2)
     source: str = "this book"  # paper and table cell, or this book
@@ -47,11 +48,13 @@ class Recipe:
             rule = rules.shuffled(rule)
         return rule(net, **self.options, generator=generator)
 
-    @property
-    def optimizer(self) -> partial:
-        """``torch.optim.SGD`` with this recipe's settings bound; fused, in one pass over memory."""
-        settings = dict(lr=self.lr, momentum=self.momentum, weight_decay=self.weight_decay)
-        return partial(torch.optim.SGD, **settings, fused=True)
+    def optimizer(self, params: Iterable[Tensor]) -> torch.optim.Optimizer:
+        """``torch.optim`` with this recipe's settings; fused, in one pass over memory."""
+        params = list(params)
+        common: dict[str, Any] = dict(lr=self.lr, weight_decay=self.weight_decay, fused=True)
+        if self.algorithm == "adam":  # capturable: its count of steps must be on the card to record
+            return torch.optim.Adam(params, **common, capturable=params[0].is_cuda)
+        return torch.optim.SGD(params, **common, momentum=self.momentum)
 
     def schedule(self, epoch: int) -> float:
         """Factor on the learning rate in an epoch (0, 1, ...)."""

@@ -10,6 +10,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import replace
 
+from . import leader_follower
 from .recipe import Recipe
 
 
@@ -209,7 +210,7 @@ _EKDAA = sorted(_ekdaa(), key=lambda r: r.epochs)  # those of minutes before tho
 RECIPES: dict[str, Recipe] = {
     r.name: r
     for r in (*_mnist_fc(), *_TABLE_1, *_pepita_rate(_TABLE_1), *_pepita_follow_up(_TABLE_1),
-              *_ekdaa_narrow(_EKDAA), *_EKDAA)
+              *_ekdaa_narrow(_EKDAA), *leader_follower.mnist_fc(), *_EKDAA)
 }  # fmt: skip
 
 

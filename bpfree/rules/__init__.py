@@ -4,9 +4,10 @@ from .backprop import Backprop
 from .ekdaa import EKDAA
 from .falsifiers import Frozen, shuffled
 from .feedback import DRTP, DirectFeedbackAlignment, FeedbackAlignment, KolenPollack, SignSymmetry
+from .leader_follower import LeaderFollower
 from .pepita import PEPITA
 
 __all__ = [
     "DRTP", "EKDAA", "PEPITA", "Backprop", "DirectFeedbackAlignment", "FeedbackAlignment", "Frozen",
-    "KolenPollack", "SignSymmetry", "shuffled",
+    "KolenPollack", "LeaderFollower", "SignSymmetry", "shuffled",
 ]  # fmt: skip

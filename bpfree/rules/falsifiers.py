@@ -35,7 +35,10 @@ def shuffled(rule: type[Rule]) -> type[Rule]:
             *hidden, last = super().signals(*args)
             batch = len(args[-1])  # a rule of two passes may have two rows per sample
             return [
-                *((r, d.unflatten(0, (-1, batch)).roll(1, 1).flatten(0, 1)) for r, d in hidden),
+                *(
+                    (r, d.unflatten(0, (-1, batch)).roll(1, 1).flatten(0, 1), *own)
+                    for r, d, *own in hidden
+                ),
                 last,
             ]
 

@@ -7,13 +7,12 @@ from collections import deque
 from collections.abc import Iterator
 
 import torch
-import torch.nn.functional as F
 
 from ..block import Block, Trace
 from ..init import uniform
 from ..network import Network
 from ..refuse import check_scale, one_of
-from ..rule import Rule, Signal
+from ..rule import Rule, Signal, output_error
 from .mirroring import factors, mirror
 
 
@@ -132,7 +131,7 @@ class PEPITA(Rule):
             if l < len(self.net):
                 yield self._hidden(block, t, t_err)
         if self.output_error == "second":
-            error = F.softmax(t_err.h, 1, dtype=target.dtype) - target
+            error = output_error(t_err.h, target)
         yield (t if self.presynaptic == "first" else t_err).r, error
 
     def _hidden(self, block: Block, t: Trace, t_err: Trace) -> Signal:
