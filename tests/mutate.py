@@ -162,6 +162,25 @@ MUTANTS = [
     Mutant("experiments/released.py", "F.interpolate(moved,", "a - self.beta * F.interpolate(v,",
            "up-sampled feedback in the place of an up-sampled target",
            "test_ekdaa.py::test_a_target_that_is_up_sampled_teaches_without_any_error"),
+    # ---- leader-follower networks ----
+    Mutant("rules/leader_follower.py", "largest=False", "largest=True",
+           "the worst workers lead", "test_equivalence.py::"
+           "test_every_rule_is_its_equation_on_any_network[lfnn-l]"),
+    Mutant("rules/leader_follower.py", "following * (s - best)", "following * (best - s)",
+           "followers flee the best", "test_equivalence.py::"
+           "test_every_rule_is_its_equation_on_any_network[lfnn-l]"),
+    Mutant("rules/leader_follower.py", "self.forward_only = local", "self.forward_only = False",
+           "every block's activity kept until the end", "test_leader_follower.py::"
+           "test_peak_memory_of_fifty_blocks_is_a_fifth_of_backprops"),
+    Mutant("rules/leader_follower.py", "(self._each_block if self.local else self._end_to_end)",
+           "self._end_to_end", "LFNN-l reads the weights above", "test_equivalence.py::"
+           "test_T10_what_is_downstream_of_a_block_changes_no_bit_of_its_update"),
+    Mutant("rules/leader_follower.py", "u / h[0, 0].numel()", "u",
+           "a mean over positions whose gradient is a sum's", "test_leader_follower.py::"
+           "test_workers_that_see_their_own_channels_and_units"),
+    Mutant("rules/leader_follower.py", "seen.to(q.dtype)) / len(h)", "seen.to(q.dtype))",
+           "heads learn from a sum over the batch", "test_equivalence.py::"
+           "test_every_rule_is_its_equation_on_any_network[lfnn-l]"),
     # ---- networks ----
     Mutant("network.py", " / (1 - block.dropout)", "", "dropout not rescaled",
            "test_network.py::test_masks_are_zero_or_the_inverse_keep_probability"),

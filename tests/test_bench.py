@@ -32,7 +32,10 @@ def small(monkeypatch):
     changes = {
         "NETWORKS": networks,
         "STEPS": 2,
-        **{f: partial(getattr(bench, f), rounds=1) for f in ("seeds", "engine", "released")},
+        **{
+            f: partial(getattr(bench, f), rounds=1)
+            for f in ("seeds", "engine", "heads", "released")
+        },
         "RULES": {name: getattr(bpfree, name) for name in ARMS[1:]},
         "DEPTHS": (4, 8),
         "WIDTH": 64,
@@ -95,7 +98,7 @@ def test_run_writes_what_it_returns_with_every_network_arm_and_depth(small, tmp_
     read = json.loads((tmp_path / "bench-cpu.json").read_text())
     assert read == json.loads(json.dumps(content))
     assert set(read) == {
-        "steps", "memory_MB", "memory_setting", "seeds", "engine", "released",
+        "steps", "memory_MB", "memory_setting", "seeds", "engine", "heads", "released",
         "device", "machine", "python", "torch", "commit",
     }  # fmt: skip
     assert list(read["steps"]) == ["784-1024-10, batch 64", "3x32x32-conv32-10, batch 4"]

@@ -18,6 +18,7 @@ from ..style import RULES as LOOKS
 from ..training.device import can_record, generator_on
 from ..training.lockstep import Lockstep
 from . import results
+from .local import heads
 from .timing import NETWORKS, SGD, compare, plain
 
 RULES = {name: getattr(rules, name) for name in LOOKS if name not in ("Frozen", "Shuffled")}
@@ -199,6 +200,7 @@ def run(device: str = "cpu", folder: str | Path | None = None) -> dict:
         "memory_setting": {"width": WIDTH, "batch": DEPTH_BATCH},
         "seeds": seeds(device),
         "engine": engine(device),
+        "heads": heads(device),
         "released": released(device),
         **results.manifest(device),
     }
