@@ -146,6 +146,7 @@ def convert(
     check_scale("scale", scale)
     if not 1 <= p < float("inf"):
         raise ValueError(f"p must be a finite number, at least 1, got {p!r}")
+    attention: Callable[[Tensor], Tensor] | None = None
     if callable(rule):
         attention = rule
     else:

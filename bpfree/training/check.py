@@ -1,14 +1,35 @@
-"""What ``fit`` asks of a rule before it trains."""
+"""What ``fit`` asks of its arguments, and of a rule, before it trains."""
 
 from __future__ import annotations
+
+import numbers
+import operator
+from collections.abc import Sequence
 
 import torch
 
 from ..block import Tensors
 from ..data import Data
-from ..refuse import check_batch
+from ..refuse import check_batch, one_of
 from ..rule import Rule
-from .device import precision
+from .device import PRECISIONS, precision
+
+
+def check_settings(
+    data: Data, epochs: int, batch_size: int, seeds: Sequence[int], probe: int, precision: str
+) -> list[int]:
+    """The seeds as a list; raises a ValueError that names what is out of its range."""
+    if not isinstance(epochs, numbers.Integral) or epochs < 1:
+        raise ValueError(f"epochs must be a whole number, at least 1, got {epochs!r}")
+    if isinstance(seeds, int) or not len(seeds) or len(set(seeds)) != len(seeds):
+        raise ValueError(f"seeds must be a list, distinct, at least one, got {seeds!r}")
+    seeds = [operator.index(seed) for seed in seeds]
+    if not 0 <= probe <= len(data.train_x):
+        raise ValueError(f"probe must be in 0..{len(data.train_x)}, got {probe!r}")
+    if not isinstance(batch_size, numbers.Integral) or not 1 <= batch_size <= len(data.train_x):
+        raise ValueError(f"batch_size must be in 1..{len(data.train_x)}, got {batch_size!r}")
+    one_of("precision", precision, PRECISIONS)
+    return seeds
 
 
 def check_rule(rule: Rule, data: Data, rules: list[Rule]) -> None:

@@ -64,6 +64,20 @@ def generator_on(device: torch.device, source: torch.Generator) -> torch.Generat
     return torch.Generator(device).manual_seed(seed)
 
 
+@contextmanager
+def global_draws_from(source: torch.Generator, device: torch.device) -> Iterator[None]:
+    """What draws from torch's own generators, the CPU's and the device's, draws as ``source``
+    decides; they are what they were afterwards. For modules that take no generator."""
+    seed = int(torch.randint(2**62, (), generator=source, device=source.device))
+    cuda = device.type == "cuda"
+    with torch.random.fork_rng([device] if cuda else []):
+        torch.default_generator.manual_seed(seed)
+        if cuda:
+            with torch.cuda.device(device):
+                torch.cuda.manual_seed(seed)
+        yield
+
+
 def keep_freed_memory() -> None:
     """Let the C library, if it is glibc, keep what tensors free, for the next ones.
 

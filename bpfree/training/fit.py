@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import numbers
-import operator
 import os
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -18,11 +16,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..data import Data
-from ..refuse import one_of
 from ..rule import Rule
 from . import checkpoint as checkpoints
-from .check import check_rule, check_update
-from .device import PRECISIONS
+from .check import check_rule, check_settings, check_update
 from .lockstep import Lockstep, Optimizer
 
 sgd = partial(torch.optim.SGD, lr=0.1, momentum=0.9)
@@ -115,16 +111,7 @@ def fit(
         Diverged: a ``FloatingPointError``, at the end, if a seed stopped for its loss.
         OSError: if a checkpoint cannot be written; the one before it is whole.
     """
-    if not isinstance(epochs, numbers.Integral) or epochs < 1:
-        raise ValueError(f"epochs must be a whole number, at least 1, got {epochs!r}")
-    if isinstance(seeds, int) or not len(seeds) or len(set(seeds)) != len(seeds):
-        raise ValueError(f"seeds must be a list, distinct, at least one, got {seeds!r}")
-    seeds = [operator.index(seed) for seed in seeds]
-    if not 0 <= probe <= len(data.train_x):
-        raise ValueError(f"probe must be in 0..{len(data.train_x)}, got {probe!r}")
-    if not isinstance(batch_size, numbers.Integral) or not 1 <= batch_size <= len(data.train_x):
-        raise ValueError(f"batch_size must be in 1..{len(data.train_x)}, got {batch_size!r}")
-    one_of("precision", precision, PRECISIONS)
+    seeds = check_settings(data, epochs, batch_size, seeds, probe, precision)
     if vectorize is None:
         vectorize = torch.device(device).type != "cpu"
     rates = [1.0 if schedule is None else schedule(epoch) for epoch in range(epochs)]
@@ -143,11 +130,17 @@ def fit(
             file = None if checkpoint is None else Path(os.path.expanduser(checkpoint))
             if file and len(groups) > 1:
                 file = file.with_name(f"{file.name}.seed{group[0]}")
-            curves, spent = _train(lockstep, group, rates, probe, file, deadline, bar)
+            mark = _fingerprint(lockstep, group, rates, probe) if file else ""
+            curves, spent = train_group(lockstep, group, rates, probe, file, mark, deadline, bar)
             rules, parts, seconds = rules + made, [*parts, curves], seconds + spent
+    return gathered(Run, rules, parts, seconds, seeds)
+
+
+def gathered(kind: type[Run], rules: list, parts: list, seconds: float, seeds: list, **more) -> Run:
+    """The groups' curves as one ``kind`` of ``Run``; raises ``Diverged`` if a seed has."""
     joined = [torch.cat(c) for c in zip(*parts, strict=True)]
     diverged = [None if bad < 0 else int(bad) for bad in joined.pop().tolist()]
-    run = Run(rules, *joined, diverged, seconds)
+    run = kind(rules, *joined, diverged, seconds, **more)
     if any(diverged):
         where = [f"seed {s} in epoch {e}" for s, e in zip(seeds, diverged, strict=True) if e]
         raise Diverged(f"training diverged: {', '.join(where)}", run)
@@ -189,12 +182,13 @@ def _fingerprint(lockstep: Lockstep, seeds: list[int], rates: list[float], probe
 
 
 @torch.no_grad()
-def _train(
+def train_group(
     lockstep: Lockstep,
     seeds: list[int],
     rates: list[float],
     probe: int,
     file: Path | None,
+    fingerprint: str,
     deadline: float | None,
     bar: tqdm,
 ) -> tuple[list[Tensor], float]:
@@ -205,7 +199,6 @@ def _train(
     names = ("loss", "accuracy", "test", "angle", "norm")
     curves: dict[str, list[Tensor]] = {name: [] for name in names}
     epoch, spent, bad = 0, 0.0, torch.full((len(seeds),), -1)
-    fingerprint = _fingerprint(lockstep, seeds, rates, probe) if file else None
     if file and (saved := checkpoints.load(file, fingerprint)):
         lockstep.load_state_dict(saved["lockstep"])
         epoch, spent, bad, curves = (saved[k] for k in ("epoch", "spent", "bad", "curves"))
