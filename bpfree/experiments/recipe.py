@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -21,6 +21,7 @@ from . import released
 class Recipe:
     """One experiment. The learning rate starts at ``lr`` and falls tenfold at each milestone."""
 
+    together: ClassVar[bool] = True  # whether an accelerator can train several seeds at once
     name: str
     data: str  # a name that ``load`` knows
     network: tuple[str, tuple, dict[str, Any]]  # "mlp" or "convnet", its arguments, its keywords

@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import replace
 
-from . import leader_follower
+from . import leader_follower, staged
 from .recipe import Recipe
 
 
@@ -210,7 +210,8 @@ _EKDAA = sorted(_ekdaa(), key=lambda r: r.epochs)  # those of minutes before tho
 RECIPES: dict[str, Recipe] = {
     r.name: r
     for r in (*_mnist_fc(), *_TABLE_1, *_pepita_rate(_TABLE_1), *_pepita_follow_up(_TABLE_1),
-              *_ekdaa_narrow(_EKDAA), *leader_follower.mnist_fc(), *_EKDAA)
+              *_ekdaa_narrow(_EKDAA), *leader_follower.mnist_fc(), *staged.small(), *_EKDAA,
+              *staged.large())
 }  # fmt: skip
 
 

@@ -66,7 +66,7 @@ def record(
         raise ValueError(f"{file} was recorded on other data than {recipe.data} in {data_root}")
     made = manifest(device, precision, compile)  # before training: of the code that trains
     file.parent.mkdir(parents=True, exist_ok=True)
-    together = torch.device(device).type != "cpu"
+    together = recipe.together and torch.device(device).type != "cpu"
     for group in [missing] if together else [[seed] for seed in missing]:
         which = group[0] if len(group) == 1 else digest(group)[:16]  # names have 255 bytes at most
         checkpoint = file.with_name(f"{recipe.name}.{which}.ckpt")
@@ -132,8 +132,12 @@ def _curves(run: Run, i: int) -> dict:
             return [plain(u) for u in v]
         return round(v, 4) if math.isfinite(v) else None
 
-    names = ("train_loss", "train_accuracy", "test_accuracy", "angle", "norm")
-    curves = {name: plain(getattr(run, name)[i].tolist()) for name in names}
+    names = [f.name for f in dataclasses.fields(run)]
+    curves = {
+        name: plain(value[i].tolist())
+        for name in names
+        if isinstance(value := getattr(run, name), torch.Tensor)
+    }
     return {**curves, "diverged": run.diverged[i]}
 
 

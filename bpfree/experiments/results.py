@@ -109,8 +109,11 @@ def table(names: Sequence[str], folder: str | os.PathLike | None = None) -> str:
     for name in names:
         recipe = recipes.get(name)
         kind, args, keywords = recipe.network
-        shape = "-".join(map(str, args if kind == "mlp" else args[1]))
-        shape = f"{'conv ' * (kind == 'convnet')}{shape}, {keywords.get('activation', 'relu')}"
+        if kind in ("mlp", "convnet"):
+            shape = "-".join(map(str, args if kind == "mlp" else args[1]))
+            shape = f"{'conv ' * (kind == 'convnet')}{shape}, {keywords.get('activation', 'relu')}"
+        else:
+            shape = args[0] if kind == "torchvision_model" else kind
         paper = "none" if recipe.source == "this book" else recipe.paper or "not verified"
         options = "".join(f", {k} {v}" for k, v in recipe.options.items()).replace("_", " ")
         head = (
