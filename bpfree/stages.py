@@ -37,7 +37,7 @@ class Stages(nn.ModuleList):
     logits. ``bpfree.training.stages.backward`` trains each by its own loss.
 
     Args:
-        stages: at least one ``Stage``; made by hand, ``Stages([Stage(body, head), ...])`` cuts what
+        stages: each a ``Stage``; made by hand, ``Stages([Stage(body, head), ...])`` cuts what
             ``split`` does not know.
     """
 
@@ -46,8 +46,6 @@ class Stages(nn.ModuleList):
         for i, stage in enumerate(self, 1):
             if not isinstance(stage, Stage):
                 raise TypeError(f"stage {i} must be a Stage, got {type(stage).__name__}")
-        if not len(self):
-            raise ValueError("stages must be at least one Stage, got none")
 
     def __iter__(self) -> Iterator[Stage]:  # type: ignore[override]  # ModuleList's are modules
         return super().__iter__()  # type: ignore[return-value]
@@ -55,7 +53,7 @@ class Stages(nn.ModuleList):
     def forward(self, x: Tensor) -> Tensor:
         for stage in self:
             x = stage(x)
-        return stage.scores(x)
+        return self[-1].scores(x)
 
 
 class LinearHead(nn.Module):

@@ -193,6 +193,28 @@ MUTANTS = [
     Mutant("refuse.py", "high >= net.num_classes", "high > net.num_classes",
            "a label that is no class is accepted",
            "test_rule.py::test_a_bad_batch_is_refused_by_name_and_changes_nothing"),
+    # ---- any model ----
+    Mutant("convert.py", "return delta, v.to(dtype), None, None",
+           "return delta, None, None, None", "no error reaches what is below", "test_convert.py::"
+           "test_attention_of_p_2_is_backprop_and_any_other_feedback_changes_what_is_below[vit]"),
+    Mutant("convert.py", "op(x.detach(), W), x, M", "op(x, W), x, M",
+           "the error descends by the weights too",
+           "test_convert.py::test_gradients_are_those_of_the_rule_on_blocks[fa-mlp]"),
+    Mutant("convert.py", "W = W + (B - M)", "W = W + 0 * B",
+           "Kolen-Pollack's feedback rests in any model", "test_convert.py::"
+           "test_T2_learning_feedback_approaches_the_weights_at_the_rate_of_the_decay"),
+    Mutant("training/stages.py", "h.detach() if local else h", "h",
+           "gradients cross from stage to stage",
+           "test_stages.py::test_a_stage_is_deaf_to_all_above_it_only_if_local[True]"),
+    Mutant("training/stages.py", "(weight * loss).backward()", "total = total + weight * loss",
+           "a stage's graph is kept until the end",
+           "test_stages.py::test_memory_is_that_of_the_largest_stage_and_not_of_all"),
+    Mutant("training/course.py", '"seen": self.seen', '"seen": []',
+           "curves of a resumed run begin at its resumption", "test_stages.py::"
+           "test_interrupted_after_each_epoch_it_goes_on_to_the_same_bits"),
+    Mutant("training/course.py", "self.stages.train()", "pass",
+           "batch norm counts no batch", "test_stages.py::"
+           "test_resumed_training_is_that_of_an_uninterrupted_run_to_the_bit[sgd]"),
     # ---- training, measures, data ----
     Mutant("training/fit.py", "[torch.Generator().manual_seed(seed) for seed in group]",
            "[torch.Generator().manual_seed(group[0])] * len(group)", "seeds share a generator",

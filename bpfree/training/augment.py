@@ -29,6 +29,7 @@ def augment(x: Tensor, shift: int, flip: bool, generator: torch.Generator) -> Te
     if flip:
         mirrored = torch.rand((n, 1), generator=generator, **place) < 0.5
         columns = torch.where(mirrored, columns.flip(1), columns)
-    which = torch.arange(n, **place)[:, None, None]
-    moved = F.pad(x, [shift] * 4)[which, :, rows[:, :, None], columns[:, None]]
-    return moved.permute(0, 3, 1, 2)
+    padded = F.pad(x, [shift] * 4)
+    places = rows[:, :, None] * padded.shape[3] + columns[:, None]
+    places = places.flatten(1)[:, None].expand(-1, x.shape[1], -1)
+    return padded.flatten(2).gather(2, places).view(x.shape)
