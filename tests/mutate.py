@@ -211,10 +211,10 @@ MUTANTS = [
            "test_stages.py::test_memory_is_that_of_the_largest_stage_and_not_of_all"),
     Mutant("training/course.py", '"seen": self.seen', '"seen": []',
            "curves of a resumed run begin at its resumption", "test_stages.py::"
-           "test_interrupted_after_each_epoch_it_goes_on_to_the_same_bits"),
+           "test_interrupted_after_each_epoch_it_goes_on_to_the_same_bits[sgd]"),
     Mutant("training/course.py", "self.stages.train()", "pass",
            "batch norm counts no batch", "test_stages.py::"
-           "test_resumed_training_is_that_of_an_uninterrupted_run_to_the_bit[sgd]"),
+           "test_curves_are_of_all_stages_and_the_last_ones_are_the_runs"),
     # ---- training, measures, data ----
     Mutant("training/fit.py", "[torch.Generator().manual_seed(seed) for seed in group]",
            "[torch.Generator().manual_seed(group[0])] * len(group)", "seeds share a generator",
