@@ -53,7 +53,8 @@ class Stages(nn.ModuleList):
     def forward(self, x: Tensor) -> Tensor:
         for stage in self:
             x = stage(x)
-        return self[-1].scores(x)
+        *_, last = self
+        return last.scores(x)
 
 
 class LinearHead(nn.Module):
