@@ -76,10 +76,10 @@ def interrupt(monkeypatch, after):
     epochs = iter(range(10**6))
     original = train.Lockstep.train
 
-    def limited(self, rate):
+    def limited(self, *args):
         if next(epochs) >= after:
             raise train.OutOfTime("test")
-        return original(self, rate)
+        return original(self, *args)
 
     monkeypatch.setattr(train.Lockstep, "train", limited)
 

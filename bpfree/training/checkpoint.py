@@ -16,6 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .lockstep import Lockstep
+
 
 def write_atomic(file: Path, write: Callable[[BinaryIO], None]) -> None:
     """Let ``write`` fill a new file and put it in the place of ``file`` at once, or not at all.
@@ -85,6 +87,40 @@ def digest(tree: Any) -> str:
 
     add(tree)
     return sha.hexdigest()
+
+
+def _computes(option: object, device: torch.device) -> object:
+    """An option; if it is a function of a tensor, also what it makes of small and large numbers,
+    since its name, and its code, may stand for another function tomorrow."""
+    if not isinstance(option, (types.FunctionType, functools.partial, torch.nn.Module)):
+        return option
+    a = torch.linspace(-2, 2, 192, device=device)
+    try:
+        return option, [option(scale * a.view(2, 3, 4, 8)) for scale in (1e-3, 1.0, 1e3)]
+    except Exception:  # of whatever kind: it is no function of a tensor
+        return option
+
+
+def fingerprint(lockstep: Lockstep, seeds: list[int], rates: list[float], probe: int) -> str:
+    """Of everything that decides a run: a checkpoint of another one must not continue it."""
+    rule, data, opt = lockstep.rules[0], lockstep.data, lockstep.opt
+    shapes = {name: list(p.shape) for name, p in lockstep.params.items()}
+    start = [lockstep.state_dict()[k] for k in ("params", "state", "generators")]
+    groups = [{k: v for k, v in g.items() if k != "params"} for g in opt.param_groups]
+    torchs = {*vars(torch.nn.Module()), "net", "_plan", "_calls", "_first"}
+    parts = [
+        {**vars(rule), "modules": [*rule.children()]},
+        *({**vars(b), "f": b.activation, "pool": b.pool} for b in rule.net),
+    ]
+    options = [
+        {k: _computes(v, lockstep.device) for k, v in part.items() if k not in torchs}
+        for part in parts
+    ]
+    return digest([
+        type(rule), type(opt).__name__, repr(rule.net), options, shapes, list(lockstep.learning),
+        start, seeds, rates, probe, lockstep.batch_size, lockstep.precision, lockstep.compile,
+        groups, data.scale, data.shift, data.checksum,
+    ])  # fmt: skip
 
 
 def save(file: Path, content: dict, fingerprint: str) -> None:

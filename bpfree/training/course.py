@@ -43,8 +43,9 @@ class Course:
         self.rates = [group["lr"] for group in self.opt.param_groups]
         self.seen: list[list[Tensor]] = []  # of each epoch: losses and test accuracies, (n,)
 
-    def train(self, rate: float) -> tuple[Tensor, Tensor]:
-        """One epoch: the last stage's mean loss, and its accuracy in %, each (1,)."""
+    def train(self, rate: float, pause: Callable[[], None] | None = None) -> tuple[Tensor, Tensor]:
+        """One epoch: the last stage's mean loss, and its accuracy in %, each (1,). ``pause`` is
+        not called: an epoch is not saved in its middle."""
         for group, lr in zip(self.opt.param_groups, self.rates, strict=True):
             group["lr"] = rate * lr
         self.stages.train()

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 import time
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
-from types import FunctionType
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from ..rule import Rule
 from . import checkpoint as checkpoints
 from .check import check_rule, check_settings, check_update
 from .lockstep import Lockstep, Optimizer
+from .ranks import Ranks
 
 sgd = partial(torch.optim.SGD, lr=0.1, momentum=0.9)
 
@@ -72,7 +73,9 @@ def fit(
     compile: bool = False,
     progress: bool | dict[str, Any] = False,
     checkpoint: str | os.PathLike | None = None,
+    save_every: float = 600.0,
     deadline: float | None = None,
+    ranks: Ranks = Ranks(),  # noqa: B008  # a tuple of two numbers
 ) -> Run:
     """Train ``make(generator)`` on ``data`` once per seed.
 
@@ -99,19 +102,26 @@ def fit(
         progress: show a progress bar; or the keywords of ``tqdm`` for one.
         checkpoint: file written after each epoch, from which the same call resumes to the bit. One
             file per seed, ``NAME.seedN``, where seeds are trained one after the other.
+        save_every: seconds after which it is written within an epoch too.
         deadline: ``time.monotonic()`` by which to stop, at the end of an epoch; a seed's first
             epoch is begun unless it has passed.
+        ranks: processes that make this call together, as ``training.ranks.ranks()`` gives them:
+            each trains on its share of every batch, and all end with the same rules. Rank 0's
+            checkpoint and deadline count.
 
     Raises:
         ValueError: for epochs < 1, an unknown precision, no or repeated seeds, a batch larger than
-            the training set, fewer classes than the data, one network for several seeds, a rule
-            whose update reads itself or writes to what it is given, or a checkpoint that is
-            damaged, foreign, or of other settings.
+            the training set or not divided by the ranks, fewer classes than the data, one network
+            for several seeds, a rule whose update reads itself or writes to what it is given, or a
+            checkpoint that is damaged, foreign, or of other settings.
         OutOfTime: if the deadline comes first.
         Diverged: a ``FloatingPointError``, at the end, if a seed stopped for its loss.
-        OSError: if a checkpoint cannot be written; the one before it is whole.
+        OSError: if a checkpoint cannot be written (the one before it is whole), or a rank is lost.
     """
     seeds = check_settings(data, epochs, batch_size, seeds, probe, precision)
+    if not save_every >= 0:
+        raise ValueError(f"save_every must be a number of seconds >= 0, got {save_every!r}")
+    ranks.check_batch_size(batch_size)
     if vectorize is None:
         vectorize = torch.device(device).type != "cpu"
     rates = [1.0 if schedule is None else schedule(epoch) for epoch in range(epochs)]
@@ -126,12 +136,16 @@ def fit(
                 check_rule(rule, data, rules + made)
                 rule.to(device).net.to(device).train()
                 check_update(rule, data, batch_size)
-            lockstep = Lockstep(made, generators, data, batch_size, optimizer, precision, compile)
+            lockstep = Lockstep(
+                made, generators, data, batch_size, optimizer, precision, compile, ranks=ranks
+            )
             file = None if checkpoint is None else Path(os.path.expanduser(checkpoint))
             if file and len(groups) > 1:
                 file = file.with_name(f"{file.name}.seed{group[0]}")
-            mark = _fingerprint(lockstep, group, rates, probe) if file else ""
-            curves, spent = train_group(lockstep, group, rates, probe, file, mark, deadline, bar)
+            mark = checkpoints.fingerprint(lockstep, group, rates, probe) if file else ""
+            curves, spent = train_group(
+                lockstep, group, rates, probe, file, mark, deadline, bar, save_every, ranks
+            )
             rules, parts, seconds = rules + made, [*parts, curves], seconds + spent
     return gathered(Run, rules, parts, seconds, seeds)
 
@@ -147,40 +161,6 @@ def gathered(kind: type[Run], rules: list, parts: list, seconds: float, seeds: l
     return run
 
 
-def _computes(option: object, device: torch.device) -> object:
-    """An option; if it is a function of a tensor, also what it makes of small and large numbers,
-    since its name, and its code, may stand for another function tomorrow."""
-    if not isinstance(option, (FunctionType, partial, torch.nn.Module)):
-        return option
-    a = torch.linspace(-2, 2, 192, device=device)
-    try:
-        return option, [option(scale * a.view(2, 3, 4, 8)) for scale in (1e-3, 1.0, 1e3)]
-    except Exception:  # of whatever kind: it is no function of a tensor
-        return option
-
-
-def _fingerprint(lockstep: Lockstep, seeds: list[int], rates: list[float], probe: int) -> str:
-    """Of everything that decides a run: a checkpoint of another one must not continue it."""
-    rule, data, opt = lockstep.rules[0], lockstep.data, lockstep.opt
-    shapes = {name: list(p.shape) for name, p in lockstep.params.items()}
-    start = [lockstep.state_dict()[k] for k in ("params", "state", "generators")]
-    groups = [{k: v for k, v in g.items() if k != "params"} for g in opt.param_groups]
-    torchs = {*vars(torch.nn.Module()), "net", "_plan", "_calls", "_first"}
-    parts = [
-        {**vars(rule), "modules": [*rule.children()]},
-        *({**vars(b), "f": b.activation, "pool": b.pool} for b in rule.net),
-    ]
-    options = [
-        {k: _computes(v, lockstep.device) for k, v in part.items() if k not in torchs}
-        for part in parts
-    ]
-    return checkpoints.digest([
-        type(rule), type(opt).__name__, repr(rule.net), options, shapes, list(lockstep.learning),
-        start, seeds, rates, probe, lockstep.batch_size, lockstep.precision, lockstep.compile,
-        groups, data.scale, data.shift, data.checksum,
-    ])  # fmt: skip
-
-
 @torch.no_grad()
 def train_group(
     lockstep: Lockstep,
@@ -191,6 +171,8 @@ def train_group(
     fingerprint: str,
     deadline: float | None,
     bar: tqdm,
+    save_every: float = math.inf,
+    ranks: Ranks = Ranks(),  # noqa: B008
 ) -> tuple[list[Tensor], float]:
     """Train a group to the end, from its checkpoint if there is one.
 
@@ -199,19 +181,33 @@ def train_group(
     names = ("loss", "accuracy", "test", "angle", "norm")
     curves: dict[str, list[Tensor]] = {name: [] for name in names}
     epoch, spent, bad = 0, 0.0, torch.full((len(seeds),), -1)
-    if file and (saved := checkpoints.load(file, fingerprint)):
+    file = file if ranks.rank == 0 else None
+
+    def save() -> None:
+        nonlocal clock, spent
+        spent += time.monotonic() - clock
+        if file:
+            content = {"lockstep": lockstep.state_dict(), "epoch": epoch, "spent": spent}
+            checkpoints.save(file, {**content, "bad": bad, "curves": curves}, fingerprint)
+        clock = time.monotonic()
+
+    def pause() -> None:
+        if file and time.monotonic() - clock >= save_every:
+            save()
+
+    if saved := ranks.first(lambda: checkpoints.load(file, fingerprint) if file else None):
         lockstep.load_state_dict(saved["lockstep"])
         epoch, spent, bad, curves = (saved[k] for k in ("epoch", "spent", "bad", "curves"))
         bar.update(epoch)
     elif probe:
         for name, value in zip(("angle", "norm"), lockstep.probe(probe), strict=True):
             curves[name].append(value)
-    longest = 0.0
+    clock, longest = time.monotonic(), 0.0  # when it was last written
     while epoch < len(rates) and (bad < 0).any():
         start = time.monotonic()
-        if deadline is not None and start + longest > deadline:
+        if ranks.first(partial(bool, deadline is not None and start + longest > deadline)):
             raise OutOfTime(f"stopped after epoch {epoch} of {len(rates)} of seeds {seeds}")
-        values = [*lockstep.train(rates[epoch]), lockstep.test()]
+        values = [*lockstep.train(rates[epoch], pause), lockstep.test()]
         values += lockstep.probe(probe) if probe else []
         epoch += 1
         for name, value in zip(names, values, strict=False):
@@ -220,10 +216,7 @@ def train_group(
         sound = (values[0] <= LARGEST_LOSS) & lockstep.finite()
         bad[~sound & (bad < 0)] = epoch
         longest = max(longest, time.monotonic() - start)
-        spent += time.monotonic() - start
-        if file:
-            content = {"lockstep": lockstep.state_dict(), "epoch": epoch, "spent": spent}
-            checkpoints.save(file, {**content, "bad": bad, "curves": curves}, fingerprint)
+        save()
         bar.update()
     lockstep.write_back()
     bar.update(len(rates) - epoch)

@@ -12,6 +12,7 @@ from ..data import Data
 from ..measure import alignment
 from ..rule import Rule, like_parameter
 from .device import Replay, can_record, generator_on, precision
+from .ranks import Ranks
 
 Optimizer = torch.optim.Optimizer
 AHEAD = 64  # steps for which an accelerator draws dropout masks at once
@@ -22,6 +23,10 @@ class Lockstep:
 
     A single rule works on its own tensors. Several work on stacks (S, ...), which ``torch.vmap``
     maps the rule's pure update over, and which an elementwise optimiser moves as they are.
+
+    With ``ranks`` each batch is shared out among processes. All of them draw the whole batch's
+    order and masks, so a step is that of one process, up to rounding, for every rule whose gradient
+    is the mean of its samples' (theory, T12).
     """
 
     def __init__(
@@ -34,8 +39,9 @@ class Lockstep:
         precision: str = "float32",
         compile: bool = False,
         record: bool | None = None,  # None: wherever the device can
+        ranks: Ranks = Ranks(),  # noqa: B008  # a tuple of two numbers
     ):
-        self.rules, self.device = rules, data.train_x.device
+        self.rules, self.device, self.ranks = rules, data.train_x.device, ranks
         self.precision, self.compile = precision, compile
         self.generators = [generator_on(self.device, g) for g in generators]
         self.data, self.batch_size = data, batch_size
@@ -48,7 +54,10 @@ class Lockstep:
         self.opt = optimizer(list(self.learning.values()))
         self.rates = [group["lr"] for group in self.opt.param_groups]
         self.rate, self.replay = None, None
-        self.record = can_record(self.device) if record is None else record
+        if record is None:  # messages between ranks are launched one by one
+            record = can_record(self.device) and ranks.size == 1
+        self.record = record
+        self.order, self.step = None, 0  # of the epoch under way, if there is one
         self.totals = torch.zeros(2, len(rules), dtype=torch.float64, device=self.device)
         over_seeds = torch.vmap if len(rules) > 1 else lambda f, in_dims=None: f
         self._step = over_seeds(self._one_step)
@@ -62,49 +71,66 @@ class Lockstep:
         u = self.rules[0].update(params, state, x, y, masks=masks, keep_signals=False)
         return u.loss, (u.logits.argmax(1) == y).double().mean(), u.grads
 
-    def train(self, rate: float) -> tuple[Tensor, Tensor]:
-        """One epoch at ``rate`` times the learning rate: mean loss and accuracy (%), each (S,)."""
+    def train(self, rate: float, pause: Callable[[], None] = lambda: None) -> tuple[Tensor, Tensor]:
+        """One epoch at ``rate`` times the learning rate: mean loss and accuracy (%), each (S,).
+
+        ``pause`` is called now and then, where ``state_dict`` has all that the rest depends on.
+        """
         if rate != self.rate:  # a number, so a recorded step has it for ever
             self.rate, self.replay = rate, Replay(self._advance, self.device)
             for group, lr in zip(self.opt.param_groups, self.rates, strict=True):
                 group["lr"] = rate * lr
+        n, size = len(self.data.train_x), self.batch_size
+        if self.order is None:
+            self._begin(n)
+        advance, ahead = (self.replay, AHEAD) if self.record else (self._advance, 1)
+        steps, of_batch, share = n // size, self.order.dim() - 1, self.ranks.share
+        with precision(self.precision, self.device):
+            for i in range(self.step, steps):
+                if i % ahead == 0:
+                    self.step = i
+                    pause()
+                    count = size * min(ahead, steps - i)
+                    drawn = _stack([self.net.masks(count, g) for g in self.generators])
+                start = i % ahead * size
+                masks = {l: share(m.narrow(of_batch, start, size), of_batch)
+                         for l, m in drawn.items()}  # fmt: skip
+                advance(share(self.order[..., i * size : (i + 1) * size], of_batch), masks)
+        self.order, self.step = None, 0
+        loss, accuracy = (self.totals / steps).cpu()
+        return loss, 100 * accuracy
+
+    def _begin(self, n: int) -> None:
+        """What an epoch over n images starts with: fresh feedback, a new order, no loss yet."""
         for s, (rule, generator) in enumerate(zip(self.rules, self.generators, strict=True)):
             mine = [self._of_seed(tensors, s) for tensors in (self.params, self.state)]
             for name, value in rule.refresh(*mine, generator).items():
                 mine[1][name].copy_(value)
-        advance, ahead = (self.replay, AHEAD) if self.record else (self._advance, 1)
-        n, size = len(self.data.train_x), self.batch_size
-        order = _join([torch.randperm(n, generator=g, device=g.device) for g in self.generators])
-        steps, of_batch = n // size, order.dim() - 1
+        drawn = [torch.randperm(n, generator=g, device=g.device) for g in self.generators]
+        self.order = _join(drawn)
         self.totals.zero_()
-        with precision(self.precision, self.device):
-            for i in range(steps):
-                if i % ahead == 0:
-                    count = size * min(ahead, steps - i)
-                    drawn = _stack([self.net.masks(count, g) for g in self.generators])
-                start = i % ahead * size
-                masks = {l: m.narrow(of_batch, start, size) for l, m in drawn.items()}
-                advance(order[..., i * size : (i + 1) * size], masks)
-        loss, accuracy = (self.totals / steps).cpu()
-        return loss, 100 * accuracy
 
     def _advance(self, batch: Tensor, masks: Masks) -> None:
         """One step on the images (S, B) of that number; in place, and nothing asks the host."""
         inputs = self.data.inputs(self.data.train_x[batch], self.dtype)
         y = self.data.train_y[batch]
         loss, hit, grads = self._step(self.params, self.state, inputs, y, masks)
-        for name, p in self.learning.items():
-            p.grad = like_parameter(grads[name], p)
+        mean = self.ranks.average([*(grads[name] for name in self.learning), loss, hit])
+        for p, grad in zip(self.learning.values(), mean, strict=False):
+            p.grad = like_parameter(grad, p)
         self.opt.step()
+        loss, hit = mean[-2:]
         self.totals += torch.stack([loss.double(), hit]).reshape(2, -1)
 
     def test(self) -> Tensor:
         """Test accuracy in %, (S,)."""
-        chunks = self.data.test_x.split(1000)
+        x, y = (self.ranks.share(t) for t in (self.data.test_x, self.data.test_y))
+        chunks = x.split(1000)
         with precision("float32", self.device):
             logits = (self._logits(self.params, self.data.inputs(x, self.dtype)) for x in chunks)
             guess = torch.cat([batch.argmax(-1) for batch in logits], -1)
-        right = (guess == self.data.test_y).double().sum(-1)
+        right = (guess == y).double().sum(-1)
+        right = self.ranks.size * self.ranks.average([right])[0]  # whole numbers: exact
         return self._per_seed(100 * right / len(self.data.test_y))
 
     def finite(self) -> Tensor:
@@ -128,11 +154,13 @@ class Lockstep:
 
     def state_dict(self) -> dict:
         """Everything that a step reads or writes, the generators included."""
+        middle = {"order": self.order, "step": self.step, "totals": self.totals}
         return {
             "params": self.params,
             "state": self.state,
             "optimizer": self.opt.state_dict(),
             "generators": [g.get_state() for g in self.generators],
+            **({} if self.order is None else {"epoch": middle}),
         }
 
     def load_state_dict(self, saved: dict) -> None:
@@ -143,6 +171,9 @@ class Lockstep:
         self.rate = None
         for generator, state in zip(self.generators, saved["generators"], strict=True):
             generator.set_state(state)
+        if middle := saved.get("epoch"):
+            self.order, self.step = middle["order"].to(self.device), middle["step"]
+            self.totals.copy_(middle["totals"])
 
     def write_back(self) -> None:
         """Give each rule and its network what they have learned, and the card its memory back."""
