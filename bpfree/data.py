@@ -7,6 +7,7 @@ import hashlib
 import math
 import numbers
 import os
+from collections.abc import Iterable, Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -117,6 +118,15 @@ class Data:
         """uint8 images as network input in [shift, 1 + shift]."""
         x = x.to(dtype) * self.scale
         return x + self.shift if self.shift else x
+
+    def batches(
+        self, part: str, batches: Iterable[Tensor], draw: int = 0,
+        dtype: torch.dtype = torch.float32,
+    ) -> Iterator[Tensor]:  # fmt: skip
+        """The inputs of "train" or "test" images of these indices, batch by batch. ``draw`` decides
+        their augmentation where a set has one; this one has none."""
+        x = self.train_x if part == "train" else self.test_x
+        return (self.inputs(x[index], dtype) for index in batches)
 
     def holdout(self, n: int) -> Data:
         """The same training set with its last n samples in the place of the test set.

@@ -8,7 +8,8 @@ and none of its methods communicates.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple, TypeVar
 
@@ -17,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 T = TypeVar("T")
+AHEAD = 2  # batches that a rank may be ahead of what the next one has taken
 
 
 class Ranks(NamedTuple):
@@ -107,3 +109,53 @@ def told() -> Iterator[None]:
     except RuntimeError as error:  # gloo and NCCL raise nothing more precise
         reason = str(error).strip().splitlines()[0]
         raise ConnectionError(f"another rank was lost, or cannot be reached: {reason}") from error
+
+
+class Above:
+    """The rank that this one sends a run of batches to, without waiting for it unless it is far
+    behind."""
+
+    def __init__(self, rank: int):
+        self.rank, self.first = rank, True
+        self.sent: deque[tuple[Tensor, Any]] = deque()
+
+    def send(self, h: Tensor) -> None:
+        """Give it the activity (B, ...) of a batch; what becomes of h afterwards is our affair."""
+        h = h.detach().clone(memory_format=torch.contiguous_format)
+        with told():
+            if self.first:
+                dist.send_object_list([(h.shape[1:], h.dtype)], self.rank)
+                self.first = False
+            self.sent.append((h, dist.isend(h, self.rank)))
+        self.wait(AHEAD)
+
+    def wait(self, left: int = 0) -> None:
+        """Until it has taken all but so many."""
+        while len(self.sent) > left:
+            with told():
+                self.sent.popleft()[1].wait()
+
+
+def receive(source: int, sizes: Iterable[int], device: torch.device) -> Iterator[Tensor]:
+    """What the rank ``source`` sends: activities of batches of these sizes, the next ones under way
+    while one is used."""
+    waiting: deque[tuple[Tensor, Any]] = deque()
+    header: list[Any] = [None]
+
+    def next_one() -> Tensor:
+        h, work = waiting.popleft()
+        with told():
+            work.wait()
+        return h
+
+    for i, size in enumerate(sizes):
+        with told():
+            if i == 0:
+                dist.recv_object_list(header, source)
+            shape, dtype = header[0]
+            h = torch.empty(size, *shape, dtype=dtype, device=device)
+            waiting.append((h, dist.irecv(h, source)))
+        if len(waiting) > AHEAD:
+            yield next_one()
+    while waiting:
+        yield next_one()
