@@ -21,10 +21,11 @@ from tqdm import tqdm
 from ..data import DamagedFile
 from ..training.device import PRECISIONS, keep_freed_memory
 from ..training.fit import OutOfTime
+from ..training.ranks import Ranks, ranks
 from ..training.workers import cores
 from . import bench, recipes, results
 from .recipe import Recipe
-from .record import record, record_at_once
+from .record import assist, record, record_at_once
 
 PLAIN = defaultdict(lambda: "?", {ord("±"): "+-"})  # of what we print beyond ASCII
 
@@ -100,6 +101,10 @@ def _parser() -> argparse.ArgumentParser:
         " in this process, with PyTorch's threads)",
     )  # fmt: skip
     run.add_argument("--seeds", type=_seeds, help="0:3, 5 or 0,4 (default: the recipe's)")
+    run.add_argument(
+        "--save-every", type=_duration, metavar="TIME", default=600.0,
+        help="checkpoints within an epoch (default: 10m), beside that after each",
+    )  # fmt: skip
     run.add_argument("--precision", choices=PRECISIONS, default="float32")
     run.add_argument("--compile", action="store_true", help="torch.compile the step: for long runs")
     run.add_argument("--data", metavar="DIR", help="folder of the data sets (else BPFREE_DATA)")
@@ -117,21 +122,37 @@ def _list(args: argparse.Namespace) -> None:
 
 
 def _run(args: argparse.Namespace) -> None:
+    """Under ``torchrun`` every rank comes here: the first runs what is to be run, the others help."""
+    with ranks(args.device) as team:
+        if team.rank > 0:
+            return assist(team, args.data)
+        try:
+            _run_all(args, team)
+        except OutOfTime:
+            team.first(lambda: None)
+            raise
+        team.first(lambda: None)
+
+
+def _run_all(args: argparse.Namespace, team: Ranks) -> None:
     if args.all == bool(args.names):
         raise ValueError("name the recipes to run, or say --all, not both (bpfree list)")
     chosen = [recipes.get(name) for name in dict.fromkeys(args.names or recipes.RECIPES)]
     on_cpu = torch.device(args.device).type == "cpu"
     if args.jobs and not on_cpu:
         raise ValueError("--jobs is for a CPU: a GPU trains all seeds of a recipe at once")
+    if args.jobs and team.size > 1:
+        raise ValueError(f"--jobs is for one process, got {team.size} that torchrun started")
     options = dict(
         data_root=args.data, device=args.device, precision=args.precision, compile=args.compile,
-        folder=args.results, progress=not args.quiet,
+        folder=args.results, progress=not args.quiet, save_every=args.save_every,
         deadline=None if args.budget is None else time.monotonic() + args.budget,
     )  # fmt: skip
     late = None
-    if on_cpu and (jobs := args.jobs or cores()) > 1:
+    if on_cpu and team.size == 1 and (jobs := args.jobs or cores()) > 1:
         ended = record_at_once(chosen, args.seeds, jobs, **options)
     else:
+        options |= {"ranks": team}
         ended = ((r, _attempt(r, args.seeds or r.seeds, options)) for r in chosen)
     with closing(ended):
         for recipe, result in ended:

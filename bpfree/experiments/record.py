@@ -10,6 +10,8 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, as_completed
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ from tqdm import tqdm
 from ..training import workers
 from ..training.checkpoint import digest
 from ..training.fit import Diverged, OutOfTime, Run
+from ..training.ranks import Ranks
 from .recipe import Recipe
 from .results import FORMAT, manifest, path, read, write_json
 
@@ -36,7 +39,9 @@ def record(
     compile: bool = False,
     folder: str | os.PathLike | None = None,
     progress: bool | dict[str, Any] = False,
+    save_every: float = 600.0,
     deadline: float | None = None,
+    ranks: Ranks = Ranks(),  # noqa: B008  # a tuple of two numbers
 ) -> dict:
     """Train the seeds of a recipe that are not recorded yet, and add them to its file.
 
@@ -44,7 +49,7 @@ def record(
     from there, to the same bits. On an accelerator all missing seeds are trained at once, on a CPU
     one after the other, each recorded when it ends. Each run says on which device, and in which
     precision, it was made: one file may hold several. A seed that another process is training is
-    left to it.
+    left to it. Of several ranks the first records, while the others ``assist``.
 
     Raises:
         ValueError: if the file there, or a checkpoint, was made by other settings or is damaged; it
@@ -66,6 +71,7 @@ def record(
         raise ValueError(f"{file} was recorded on other data than {recipe.data} in {data_root}")
     made = manifest(device, precision, compile)  # before training: of the code that trains
     file.parent.mkdir(parents=True, exist_ok=True)
+    how = dict(probe=PROBE, device=device, precision=precision, compile=compile)
     together = recipe.together and torch.device(device).type != "cpu"
     for group in [missing] if together else [[seed] for seed in missing]:
         which = group[0] if len(group) == 1 else digest(group)[:16]  # names have 255 bytes at most
@@ -74,18 +80,17 @@ def record(
             with _lock(checkpoint, timeout=0):
                 if all(str(seed) in _so_far(recipe, folder)["runs"] for seed in group):
                     continue  # recorded by another process while this one trained others
+                ranks.first(partial(tuple, (recipe, group, how, data.checksum)))
                 try:
                     run = recipe.fit(
-                        data, group, probe=PROBE, device=device, precision=precision,
-                        compile=compile, progress=progress, checkpoint=checkpoint,
-                        deadline=deadline,
+                        data, group, progress=progress, checkpoint=checkpoint, deadline=deadline,
+                        save_every=save_every, ranks=ranks, **how,
                     )  # fmt: skip
                 except Diverged as error:  # a result too
                     run = error.run
-                how = {"seconds": round(run.seconds, 1), "seeds_together": len(group)}
-                new = {
-                    str(seed): {**_curves(run, i), **made, **how} for i, seed in enumerate(group)
-                }
+                made |= {"seconds": round(run.seconds, 1), "seeds_together": len(group)}
+                made |= {"ranks": ranks.size} if ranks.size > 1 else {}
+                new = {str(seed): {**_curves(run, i), **made} for i, seed in enumerate(group)}
                 with _lock(file):  # others may add theirs to the same file
                     result = _so_far(recipe, folder)
                     runs = {**result["runs"], **new}
@@ -95,6 +100,22 @@ def record(
         except Timeout:
             tqdm.write(f"{recipe.name}: another process is training seed {group}")
     return _so_far(recipe, folder)
+
+
+def assist(ranks: Ranks, data_root: str | os.PathLike | None = None) -> None:
+    """What the others do while the first rank records: train with it what it says, until it says
+    that there is no more (None).
+
+    Raises:
+        ValueError: if the data set that this rank finds is another.
+    """
+    while job := ranks.first(lambda: None):
+        recipe, group, how, checksum = job
+        data = recipe.load(data_root)
+        if data.checksum != checksum:
+            raise ValueError(f"rank {ranks.rank} has other data than rank 0 as {recipe.data}")
+        with suppress(Diverged, OutOfTime):  # it is for the first to tell
+            recipe.fit(data, group, ranks=ranks, **how)
 
 
 def _lock(file: Path, timeout: float = -1) -> FileLock:

@@ -12,6 +12,7 @@ import torch
 
 from ..data import NAMES, Data
 from ..stages import Stages, split
+from ..training.ranks import Ranks
 from ..training.stages import StagesRun, fit_stages
 from . import zoo
 from .recipe import Recipe
@@ -45,9 +46,12 @@ class StagesRecipe(Recipe):
 
     def fit(
         self, data: Data, seeds: Sequence[int], *, probe: int = 0, compile: bool = False,
-        **options: Any,
+        save_every: float = 0.0, ranks: Ranks = Ranks(), **options: Any,  # noqa: B008
     ) -> StagesRun:  # fmt: skip
-        """``fit_stages`` with this recipe's settings; ``probe`` is for rules."""
+        """``fit_stages`` with this recipe's settings; ``probe`` and ``save_every`` are for rules."""
+        if ranks.size > 1:
+            raise ValueError(f"{self.name} is trained by one process, got {ranks.size} ranks: "
+                             "training.distributed.train takes stages")  # fmt: skip
         if compile:
             raise ValueError(f"{self.name} is not compiled: stages are trained one by one")
         how = {k: self.options[k] for k in ("local", "weights")}
