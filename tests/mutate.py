@@ -246,6 +246,19 @@ MUTANTS = [
     Mutant("training/check.py", "own[key].mul_(-1e3).add_(1)", "pass",
            "a rule may read itself", "test_fit.py::"
            "test_a_rule_whose_update_is_not_pure_is_told_so_and_left_as_it_was"),
+    # ---- several processes ----
+    Mutant("training/ranks.py", "(flat / self.size)", "flat", "gradients summed over ranks",
+           "test_distributed.py::test_fit_on_ranks_is_fit_in_one_process"),
+    Mutant("training/lockstep.py", "share(m.narrow(of_batch, start, size), of_batch)",
+           "m.narrow(of_batch, start, size // self.ranks.size)", "ranks share one dropout mask",
+           "test_distributed.py::test_fit_on_ranks_is_fit_in_one_process"),
+    Mutant("training/distributed.py", "run.flow(\"train\", batches[step:], draws[epoch])",
+           "run.flow(\"train\", batches, draws[epoch])", "an epoch begins anew after a kill",
+           "test_distributed.py::"
+           "test_after_the_kill_of_a_rank_the_same_calls_come_to_the_same_end"),
+    Mutant("images.py", "(draw + 2654435761 * index)", "(2654435761 * index)",
+           "every epoch crops a picture alike", "test_images.py::"
+           "test_what_befalls_a_picture_is_decided_by_its_number_and_the_draw"),
     Mutant("data.py", "if not check_integrity(path, md5):", "if False:",
            "damaged files are read", "test_data.py::test_a_damaged_file_is_named_and_not_loaded"),
 ]  # fmt: skip

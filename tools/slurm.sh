@@ -20,6 +20,9 @@ results=${RESULTS:-$SLURM_SUBMIT_DIR/figures/results}
 first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 port=$((20000 + SLURM_JOB_ID % 20000))
 
+# Without this, ranks that start again may read the addresses of those before them.
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
+
 # A rank that is lost ends all; torchrun starts them again, at most so many times, and they go on
 # from the checkpoint that is no older than --save-every. The same sbatch, later, does the same.
 srun torchrun --nnodes "$SLURM_NNODES" --nproc-per-node "${SLURM_GPUS_ON_NODE:-4}" \

@@ -22,7 +22,6 @@ from .local import heads
 from .timing import NETWORKS, SGD, compare, plain
 
 RULES = {n: getattr(rules, n) for n in LOOKS if n not in ("Frozen", "Shuffled", "Stages")}
-}
 DEPTHS, WIDTH, DEPTH_BATCH = (4, 16, 64), 256, 64
 STEPS = 10  # an epoch's, where epochs are timed
 

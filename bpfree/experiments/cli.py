@@ -122,7 +122,7 @@ def _list(args: argparse.Namespace) -> None:
 
 
 def _run(args: argparse.Namespace) -> None:
-    """Under ``torchrun`` every rank comes here: the first runs what is to be run, the others help."""
+    """Under ``torchrun`` all ranks come here: the first runs what is to be run, the others help."""
     with ranks(args.device) as team:
         if team.rank > 0:
             return assist(team, args.data)

@@ -48,7 +48,7 @@ class StagesRecipe(Recipe):
         self, data: Data, seeds: Sequence[int], *, probe: int = 0, compile: bool = False,
         save_every: float = 0.0, ranks: Ranks = Ranks(), **options: Any,  # noqa: B008
     ) -> StagesRun:  # fmt: skip
-        """``fit_stages`` with this recipe's settings; ``probe`` and ``save_every`` are for rules."""
+        """``fit_stages`` with this recipe's settings; ``probe``, ``save_every`` are for rules."""
         if ranks.size > 1:
             raise ValueError(f"{self.name} is trained by one process, got {ranks.size} ranks: "
                              "training.distributed.train takes stages")  # fmt: skip

@@ -113,15 +113,11 @@ def train(
     def save() -> None:
         nonlocal written
         parts = ranks.gather(run.state_dict())
-        if parts:
-            content = {"parts": parts, "epoch": epoch, "step": step}
-            checkpoints.save(file, content, fingerprint)
+        if file and parts:
+            checkpoints.save(file, {"parts": parts, "epoch": epoch, "step": step}, fingerprint)
         written = time.monotonic()
 
-    def load() -> dict | None:
-        return checkpoints.load(file, fingerprint) if file else None
-
-    if saved := ranks.first(load):
+    if saved := ranks.first(lambda: checkpoints.load(file, fingerprint) if file else None):
         epoch, step = saved["epoch"], saved["step"]
         run.load_state_dict(saved["parts"])
     while epoch < epochs:
@@ -134,9 +130,9 @@ def train(
         for x, y in run.flow("train", batches[step:], draws[epoch]):
             run.learn(x, y)
             step += 1
-            if file and step % LOOK == 0:
-                if ranks.first(partial(bool, time.monotonic() - written >= save_every)):
-                    save()
+            due = partial(bool, time.monotonic() - written >= save_every)
+            if file and step % LOOK == 0 and ranks.first(due):
+                save()
         run.end_epoch(step)
         epoch, step = epoch + 1, 0
         if file:
