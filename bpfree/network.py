@@ -205,7 +205,7 @@ def convnet(
     num_classes: int,
     kernel_size: int = 3,
     padding: int | None = None,
-    pool: int | Sequence[int] = 2,
+    pool: int | Sequence = 2,
     activation: Activation = "relu",
     trunk: Activation | None = None,
     bias: bool = False,
@@ -221,7 +221,7 @@ def convnet(
         hidden: sizes of the fully connected blocks before the last.
         num_classes: number of logits.
         kernel_size, padding: of every convolution, stride 1; padding None keeps the size.
-        pool: side of the max-pooling after each convolution (1: none), one for all or one each.
+        pool: side of each max-pooling (1: none, "mean": of all positions), one for all or one each.
         trunk: activation of the convolutional blocks; None: as the others.
         activation, bias, dropout, init, generator: as for ``mlp``.
 
@@ -237,9 +237,9 @@ def convnet(
     blocks, c_in = [], input_shape[0]
     for c_out, side in zip(channels, pools, strict=True):
         conv = nn.utils.skip_init(nn.Conv2d, c_in, c_out, kernel_size, padding=padding, bias=bias)
-        layer = nn.MaxPool2d(side) if side > 1 else None
+        layer = nn.AdaptiveAvgPool2d(1) if side == "mean" else nn.MaxPool2d(side)
         initialise(conv, init, generator)
-        blocks.append(Block(conv, trunk or activation, layer, dropout))
+        blocks.append(Block(conv, trunk or activation, layer if side != 1 else None, dropout))
         c_in = c_out
     below = Network(*blocks, input_shape=input_shape) if blocks else None
     n_in = math.prod(below.shapes[-1]) if below else math.prod(input_shape)

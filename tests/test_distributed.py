@@ -39,6 +39,7 @@ def python(*args, **options):
     """A new interpreter that imports this package and these tests."""
     return subprocess.Popen(
         [sys.executable, *map(str, args)], env=ENV, text=True,
+        cwd=SOURCES[0],  # where no other copy of the package lies
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **options,
     )  # fmt: skip
 

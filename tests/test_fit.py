@@ -480,3 +480,34 @@ def test_kolen_pollack_aligns_with_a_weight_decay(digits):
               optimizer=partial(torch.optim.SGD, lr=0.1, weight_decay=0.1))  # fmt: skip
     assert run.angle[0, 0, 0] > 60
     assert run.angle[0, -1, 0] < 10
+
+
+# ---- images that are moved -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("changes", [{"shifts": 1}, {"flips": True}])
+def test_moved_images_are_the_seeds_own_draw_and_seeds_together_are_seeds_alone(
+    changes, few_digits
+):
+    def weights(**options):
+        run = bpfree.fit(
+            lambda g: bpfree.Backprop(bpfree.mlp(64, 9, 10, generator=g), generator=g),
+            few_digits, epochs=2, seeds=[3, 4], **options,
+        )  # fmt: skip
+        return [torch.cat([w.flatten() for w in rule.net.weights()]) for rule in run.rules]
+
+    alone, together = (weights(vectorize=v, **changes) for v in (False, True))
+    torch.testing.assert_close(together, alone)
+    again = weights(vectorize=False, **changes)
+    torch.testing.assert_close(again, alone, rtol=0, atol=0)
+    assert not torch.allclose(weights(vectorize=False)[0], alone[0], atol=1e-3)
+
+
+def test_what_is_no_image_is_not_moved():
+    x, y = torch.rand(40, 7), torch.arange(40) % 3
+    data = bpfree.data.Data("flat", x, y, x, y, 1.0)
+    make = lambda g: bpfree.Backprop(bpfree.mlp(7, 3, generator=g))  # noqa: E731
+    with pytest.raises(ValueError, match=r"need images .* got samples of shape \(7,\)"):
+        bpfree.fit(make, data, epochs=1, batch_size=8, flips=True)
+    with pytest.raises(ValueError, match="shifts must be a whole number of pixels"):
+        bpfree.fit(make, data, epochs=1, batch_size=8, shifts=-1)

@@ -19,7 +19,7 @@ from bpfree import Stage, Stages, recipes, results
 from bpfree.experiments import zoo
 from bpfree.experiments.record import record
 from bpfree.experiments.staged import StagesRecipe
-from bpfree.training.augment import augment
+from bpfree.training.augment import augment, draw_moves
 from bpfree.training.device import global_draws_from
 from bpfree.training.fit import Diverged, OutOfTime
 from bpfree.training.stages import backward, fit_stages
@@ -284,9 +284,13 @@ def test_converted_models_are_cut_too():
 # ---- images that are moved -----------------------------------------------------------------------
 
 
+def moved_by(x, shift, flip, seed):
+    return augment(x, draw_moves(len(x), shift, flip, generator(seed)), shift)
+
+
 def test_images_are_moved_and_mirrored_each_by_its_own_draw():
     x = torch.randint(1, 255, (800, 2, 5, 6), generator=generator(), dtype=torch.uint8)
-    moved = augment(x, 2, True, generator(1))
+    moved = moved_by(x, 2, True, 1)
     assert (moved.shape, moved.dtype) == (x.shape, x.dtype)
     padded, seen = F.pad(x, [2] * 4), set()
     for before, after in zip(padded, moved, strict=True):
@@ -299,10 +303,14 @@ def test_images_are_moved_and_mirrored_each_by_its_own_draw():
         assert len(fits) == 1
         seen |= fits
     assert len(seen) == 50
-    assert torch.equal(augment(x, 2, True, generator(1)), moved)
-    assert not torch.equal(augment(x, 2, True, generator(2)), moved)
-    assert augment(x, 0, False, generator()) is x
-    assert not any((row == 0).any() for row in augment(x, 0, True, generator()))
+    assert torch.equal(moved_by(x, 2, True, 1), moved)
+    assert not torch.equal(moved_by(x, 2, True, 2), moved)
+    assert torch.equal(moved_by(x, 0, False, 1), x)
+    assert not any((row == 0).any() for row in moved_by(x, 0, True, 1))
+    stacks = torch.stack([x, x.flip(0)])  # of two seeds
+    moves = torch.stack([draw_moves(len(x), 2, True, generator(s)) for s in (1, 2)])
+    expected = torch.stack([moved_by(x, 2, True, 1), moved_by(x.flip(0), 2, True, 2)])
+    assert torch.equal(augment(stacks, moves, 2), expected)
 
 
 def test_modules_without_a_generator_draw_from_the_one_given():
@@ -389,10 +397,10 @@ def test_interrupted_after_each_epoch_it_goes_on_to_the_same_bits(
     for _ in range(7):
         begun = itertools.count()
 
-        def once(self, rate, begun=begun):
+        def once(self, *args, begun=begun):
             if next(begun) == 1:
                 raise OutOfTime("test")
-            return original(self, rate)
+            return original(self, *args)
 
         monkeypatch.setattr(bpfree.training.course.Course, "train", once)
         try:

@@ -34,6 +34,8 @@ class Recipe:
     batch_size: int = 64
     milestones: tuple[int, ...] = ()  # epochs, counted from 0
     algorithm: str = "sgd"  # or "adam", which takes no momentum
+    shifts: int = 0  # pixels by which a training image is moved at most
+    flips: bool = False  # whether training images are mirrored at random
     shift: float = 0.0  # added to the inputs, which are in [0, 1] without
     seeds: tuple[int, ...] = (0, 1, 2)
     source: str = "this book"  # paper and table cell, or this book
@@ -69,5 +71,6 @@ class Recipe:
         """``bpfree.fit`` with this recipe's settings."""
         return fit(
             self.make, data, epochs=self.epochs, batch_size=self.batch_size,
-            optimizer=self.optimizer, schedule=self.schedule, seeds=seeds, **options,
+            optimizer=self.optimizer, schedule=self.schedule, seeds=seeds, shifts=self.shifts,
+            flips=self.flips, **options,
         )  # fmt: skip

@@ -210,7 +210,8 @@ _EKDAA = sorted(_ekdaa(), key=lambda r: r.epochs)  # those of minutes before tho
 RECIPES: dict[str, Recipe] = {
     r.name: r
     for r in (*_mnist_fc(), *_TABLE_1, *_pepita_rate(_TABLE_1), *_pepita_follow_up(_TABLE_1),
-              *_ekdaa_narrow(_EKDAA), *leader_follower.mnist_fc(), *staged.small(), *_EKDAA,
+              *_ekdaa_narrow(_EKDAA), *leader_follower.mnist_fc(),
+              *staged.small(), *leader_follower.cifar10_conv(), *_EKDAA,
               *staged.large())
 }  # fmt: skip
 

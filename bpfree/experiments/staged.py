@@ -24,8 +24,6 @@ class StagesRecipe(Recipe):
     ``weights`` of ``training.stages.backward``."""
 
     together: ClassVar[bool] = False
-    shifts: int = 0  # pixels by which a training image is moved at most
-    flips: bool = False  # whether training images are mirrored
     cosine: bool = False  # the learning rate falls to zero along half a cosine
 
     def make(self, generator: torch.Generator) -> Stages:  # type: ignore[override]

@@ -16,8 +16,9 @@ from .device import PRECISIONS, precision
 
 
 def check_settings(
-    data: Data, epochs: int, batch_size: int, seeds: Sequence[int], probe: int, precision: str
-) -> list[int]:
+    data: Data, epochs: int, batch_size: int, seeds: Sequence[int], probe: int, precision: str,
+    shifts: int, flips: bool,
+) -> list[int]:  # fmt: skip
     """The seeds as a list; raises a ValueError that names what is out of its range."""
     if not isinstance(epochs, numbers.Integral) or epochs < 1:
         raise ValueError(f"epochs must be a whole number, at least 1, got {epochs!r}")
@@ -29,6 +30,13 @@ def check_settings(
     if not isinstance(batch_size, numbers.Integral) or not 1 <= batch_size <= len(data.train_x):
         raise ValueError(f"batch_size must be in 1..{len(data.train_x)}, got {batch_size!r}")
     one_of("precision", precision, PRECISIONS)
+    if isinstance(shifts, bool) or not isinstance(shifts, numbers.Integral) or shifts < 0:
+        raise ValueError(f"shifts must be a whole number of pixels, at least 0, got {shifts!r}")
+    if (shifts or flips) and data.train_x.dim() != 4:
+        raise ValueError(
+            "shifts and flips need images (N, channels, height, width), got samples of shape "
+            f"{tuple(data.train_x.shape[1:])}"
+        )
     return seeds
 
 

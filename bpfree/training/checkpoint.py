@@ -119,7 +119,7 @@ def fingerprint(lockstep: Lockstep, seeds: list[int], rates: list[float], probe:
     return digest([
         type(rule), type(opt).__name__, repr(rule.net), options, shapes, list(lockstep.learning),
         start, seeds, rates, probe, lockstep.batch_size, lockstep.precision, lockstep.compile,
-        groups, data.scale, data.shift, data.checksum,
+        groups, data.scale, data.shift, data.checksum, lockstep.changes,
     ])  # fmt: skip
 
 

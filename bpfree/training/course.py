@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..data import Data
 from ..stages import Stages
-from .augment import augment
+from .augment import augment, draw_moves
 from .checkpoint import digest
 from .device import generator_on, global_draws_from, precision
 from .lockstep import Optimizer
@@ -20,7 +20,7 @@ class Course:
 
     Args:
         step: (stages, x, y) -> losses (n,) and the last stage's scores; accumulates gradients.
-        changes: (shift, flip) of ``augment``.
+        changes: (shift, flip) of ``draw_moves``.
     """
 
     def __init__(
@@ -60,7 +60,9 @@ class Course:
         ):  # fmt: skip
             for batch in order.split(self.batch_size)[:steps]:
                 x, y = self.data.train_x[batch], self.data.train_y[batch]
-                x = self.data.inputs(augment(x, *self.changes, draws), self.dtype)
+                if any(self.changes):
+                    x = augment(x, draw_moves(len(x), *self.changes, draws), self.changes[0])
+                x = self.data.inputs(x, self.dtype)
                 self.opt.zero_grad()
                 loss, scores = self.step(self.stages, x, y)
                 self.opt.step()

@@ -68,6 +68,8 @@ def fit(
     seeds: Sequence[int] = (0,),
     vectorize: bool | None = None,
     probe: int = 0,
+    shifts: int = 0,
+    flips: bool = False,
     device: torch.device | str = "cpu",
     precision: str = "float32",
     compile: bool = False,
@@ -94,6 +96,8 @@ def fit(
             CPU one seed already fills the cores.
         probe: number of training images on which the alignment with backprop is measured after
             each epoch (0: not measured; ``angle`` and ``norm`` are then empty).
+        shifts, flips: each training image is moved by up to so many pixels, zeros at the border; or
+            mirrored left to right with probability 1/2.
         device: on a GPU the step is recorded as a CUDA graph: an optimiser that counts its steps
             (Adam) must be given ``capturable=True``.
         precision: of the training step: ``"float32"``, ``"tf32"`` or ``"bf16"``; measures are taken
@@ -118,7 +122,7 @@ def fit(
         Diverged: a ``FloatingPointError``, at the end, if a seed stopped for its loss.
         OSError: if a checkpoint cannot be written (the one before it is whole), or a rank is lost.
     """
-    seeds = check_settings(data, epochs, batch_size, seeds, probe, precision)
+    seeds = check_settings(data, epochs, batch_size, seeds, probe, precision, shifts, flips)
     if not save_every >= 0:
         raise ValueError(f"save_every must be a number of seconds >= 0, got {save_every!r}")
     ranks.check_batch_size(batch_size)
@@ -137,8 +141,9 @@ def fit(
                 rule.to(device).net.to(device).train()
                 check_update(rule, data, batch_size)
             lockstep = Lockstep(
-                made, generators, data, batch_size, optimizer, precision, compile, ranks=ranks
-            )
+                made, generators, data, batch_size, optimizer, precision, compile,
+                ranks=ranks, changes=(shifts, flips),
+            )  # fmt: skip
             file = None if checkpoint is None else Path(os.path.expanduser(checkpoint))
             if file and len(groups) > 1:
                 file = file.with_name(f"{file.name}.seed{group[0]}")

@@ -11,6 +11,7 @@ from ..block import Masks, Tensors
 from ..data import Data
 from ..measure import alignment
 from ..rule import Rule, like_parameter
+from .augment import augment, draw_moves
 from .device import Replay, can_record, generator_on, precision
 from .ranks import Ranks
 
@@ -40,9 +41,11 @@ class Lockstep:
         compile: bool = False,
         record: bool | None = None,  # None: wherever the device can
         ranks: Ranks = Ranks(),  # noqa: B008  # a tuple of two numbers
+        changes: tuple[int, bool] = (0, False),  # (shift, flip) of ``draw_moves``
     ):
         self.rules, self.device, self.ranks = rules, data.train_x.device, ranks
         self.precision, self.compile = precision, compile
+        self.changes = changes
         self.generators = [generator_on(self.device, g) for g in generators]
         self.data, self.batch_size = data, batch_size
         self.net, self.dtype = rules[0].net, rules[0].net.weights()[0].dtype
@@ -91,11 +94,11 @@ class Lockstep:
                     self.step = i
                     pause()
                     count = size * min(ahead, steps - i)
-                    drawn = _stack([self.net.masks(count, g) for g in self.generators])
+                    drawn = _stack([self._draws(count, g) for g in self.generators])
                 start = i % ahead * size
-                masks = {l: share(m.narrow(of_batch, start, size), of_batch)
-                         for l, m in drawn.items()}  # fmt: skip
-                advance(share(self.order[..., i * size : (i + 1) * size], of_batch), masks)
+                mine = {l: share(m.narrow(of_batch, start, size), of_batch)
+                        for l, m in drawn.items()}  # fmt: skip
+                advance(share(self.order[..., i * size : (i + 1) * size], of_batch), mine)
         self.order, self.step = None, 0
         loss, accuracy = (self.totals / steps).cpu()
         return loss, 100 * accuracy
@@ -110,10 +113,18 @@ class Lockstep:
         self.order = _join(drawn)
         self.totals.zero_()
 
-    def _advance(self, batch: Tensor, masks: Masks) -> None:
+    def _draws(self, n: int, generator: torch.Generator) -> Masks:
+        """Dropout masks for n samples, and as number 0 what befalls their images."""
+        moves = {0: draw_moves(n, *self.changes, generator)} if any(self.changes) else {}
+        return {**moves, **self.net.masks(n, generator)}
+
+    def _advance(self, batch: Tensor, drawn: Masks) -> None:
         """One step on the images (S, B) of that number; in place, and nothing asks the host."""
-        inputs = self.data.inputs(self.data.train_x[batch], self.dtype)
-        y = self.data.train_y[batch]
+        masks = {l: mask for l, mask in drawn.items() if l}
+        x, y = self.data.train_x[batch], self.data.train_y[batch]
+        if drawn.keys() - masks.keys():
+            x = augment(x, drawn[0], self.changes[0])
+        inputs = self.data.inputs(x, self.dtype)
         loss, hit, grads = self._step(self.params, self.state, inputs, y, masks)
         mean = self.ranks.average([*(grads[name] for name in self.learning), loss, hit])
         for p, grad in zip(self.learning.values(), mean, strict=False):

@@ -125,9 +125,7 @@ def fit_stages(
     Raises:
         ValueError, OutOfTime, Diverged, OSError: as ``fit`` does; TypeError for no ``Stages``.
     """
-    seeds = check_settings(data, epochs, batch_size, seeds, 0, precision)
-    if not isinstance(shifts, int) or shifts < 0:
-        raise ValueError(f"shifts must be a whole number of pixels, at least 0, got {shifts!r}")
+    seeds = check_settings(data, epochs, batch_size, seeds, 0, precision, shifts, flips)
     rates = [1.0 if schedule is None else schedule(epoch) for epoch in range(epochs)]
     data, made, parts, courses, seconds = data.to(device), [], [], [], 0.0
     look = progress if isinstance(progress, dict) else {"disable": not progress}
