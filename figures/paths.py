@@ -12,7 +12,7 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 from matplotlib.colors import to_rgb
-from matplotlib.patches import Circle, FancyArrowPatch
+from matplotlib.patches import Circle, FancyArrowPatch, FancyBboxPatch
 from matplotlib.path import Path as Curve
 
 from bpfree import style
@@ -58,6 +58,10 @@ RULES = {
         ("$E_3$", "$E_2$"), "error kernels move each\nactivity to a target",
         r"$\delta_l=h_l-\phi(a_l-\beta\,\delta_{l+1}E_{l+1})$",
     ),
+    "LeaderFollower": (
+        (), "each block's own heads\nteach it, none above it",
+        r"$\delta_l=\phi'\odot\sum_w q_w V_w$",
+    ),
 }  # fmt: skip
 
 # what stands beside a panel drawn alone: a title, and what its marks mean
@@ -82,11 +86,19 @@ STEPS = {
         ("target", r"what a unit should have said: $h_l^{*}=\phi(a_l-\beta\,\delta_{l+1}E_{l+1})$"),
         ("difference", r"what it said minus the target: $\delta_l=h_l-h_l^{*}$"),
     ),
+    "LeaderFollower": (
+        "A loss of its own in every block",
+        ("workers", "heads of the block; each reads $h_l$ and scores the classes"),
+        ("leaders", "on each sample the few who do best; the label $y$ teaches them"),
+        ("followers", "the others; the scores of the best teach them"),
+        ("walls", "only activity leaves a block, upwards"),
+    ),
 }  # fmt: skip
-MARKS = {  # where 1, 2, ... are, in columns and blocks
+MARKS = {  # where 1, 2, ... are, in columns and blocks; a kind of worker is its own mark
     "Backprop": ((SIGNAL + 46, 1.5), (SIGNAL - 20, 2.42), (UP - 26, 1), (SIGNAL + 26, 3)),
     "PEPITA": ((UP - 26, 3), (SIGNAL + 52, 2.35), (SIGNAL - 18, 0.5), (MIDDLE, 2.36)),
     "EKDAA": ((SIGNAL + 36, 2.5), (SIGNAL + 28, 2), (MIDDLE, 2.4)),
+    "LeaderFollower": ((SIGNAL + 68, 2), "leads", "follows", (SIGNAL + 68, 1.28)),
 }
 
 
@@ -134,6 +146,24 @@ class Drawing:
         """A dotted arrow to the weights into a block."""
         end = (x + UP, y + (block - 0.5) * STEP)
         self.arrow(start, end, color, (0, (1, 1.4)), width=1.3, gaps=(gap, 5))
+
+    def worker(self, x, y, color, leads: bool) -> None:
+        look = dict(facecolor=color if leads else "white", edgecolor=color, linewidth=1.2)
+        self.ax.add_patch(Circle((x, y), 6.5, **look, zorder=3, clip_on=False))
+
+    def walls(self, x, y, width, height, color) -> None:
+        pale = [1 - 0.12 * (1 - c) for c in to_rgb(color)]
+        look = dict(facecolor=pale, edgecolor=color, linewidth=0.9, zorder=0, clip_on=False)
+        round_ = "round,pad=0,rounding_size=8"
+        self.ax.add_patch(FancyBboxPatch((x, y), width, height, boxstyle=round_, **look))
+
+    def follows(self, start, end, color) -> None:
+        """A thin bow from a follower to the best worker, above those between them."""
+        look = dict(color=color, linestyle="-", linewidth=0.9, zorder=2, clip_on=False)
+        bow = dict(connectionstyle="arc3,rad=0.26", shrinkA=4.5, shrinkB=5)
+        self.ax.add_patch(
+            FancyArrowPatch(start, end, arrowstyle="->", mutation_scale=6, **bow, **look)
+        )
 
     def save(self, name: str) -> None:
         svg = io.StringIO()
@@ -226,6 +256,28 @@ def targets(draw: Drawing, x: float, y: float, color, dashes) -> None:
         start = (x + MIDDLE, here[1])
 
 
+def crowds(draw: Drawing, x: float, y: float, color, dashes) -> None:
+    """LFNN-l: in each hidden block workers of its own make the signal, and nothing crosses."""
+    draw.node(x + SIGNAL, y + 3 * STEP, "$e$", color)
+    draw.teaches((x + SIGNAL, y + 3 * STEP), 3, x, y, color)
+    for l in (1, 2, 3):
+        draw.walls(x + 3, y + (l - 1) * STEP + 17, 170, STEP - 2, color)
+    for l in (1, 2):
+        middle, low = y + l * STEP, y + l * STEP - 24
+        draw.arrow((x + UP, middle), (x + MIDDLE, middle), GREY, width=1.5, gaps=(15, 4))
+        delta, first = (x + MIDDLE + 29, low), (x + MIDDLE + 5, middle)
+        for w in range(4):  # two lead, two follow the first
+            here = (first[0] + 24 * w, middle)
+            draw.worker(*here, color, leads=w < 2)
+            draw.arrow(here, delta, color, dashes, width=1.6, gaps=(8, 10))
+            if w > 1:
+                draw.follows(here, first, color)
+        draw.text(x + 161, low, "$y$", INK)
+        draw.arrow((x + 161, low), delta, GREY, width=1.5, gaps=(8, 11))
+        draw.node(*delta, rf"$\delta_{l}$", color, 12, 10)
+        draw.teaches(delta, l, x, y, color, gap=11)
+
+
 def difference(draw: Drawing, l: int, text: str, x: float, y: float, color) -> None:
     here, radius = (x + MIDDLE, y + l * STEP), 8 if text == "$-$" else 12
     for column in (UP, SIGNAL):
@@ -245,6 +297,8 @@ def panel(draw: Drawing, rule: str, x: float, y: float) -> None:
         twice(draw, x, y, color, dashes)
     elif rule == "EKDAA":
         targets(draw, x, y, color, dashes)
+    elif rule == "LeaderFollower":
+        crowds(draw, x, y, color, dashes)
     else:
         down(draw, rule, x, y, color, dashes)
 
@@ -293,15 +347,22 @@ def alone(name: str, rule: str) -> None:
     """One panel, with marks that are explained beside it."""
     draw = Drawing(760, 3 * STEP + 110)
     panel(draw, rule, 30, 80)
-    for i, (column, block) in enumerate(MARKS[rule]):
-        draw.mark(30 + column, 80 + block * STEP, i + 1)
+    marks, number = [], 0
+    for place in MARKS[rule]:
+        number += not isinstance(place, str)
+        marks.append(place if isinstance(place, str) else number)
+        if marks[-1] == number:
+            draw.mark(30 + place[0], 80 + place[1] * STEP, number)
     x, y = 290, 3 * STEP + 84
     title, *steps = STEPS[rule]
     color = dark(style.line(rule)["color"])
     draw.text(x - 10, y, title, color, 17, ha="left", fontweight="bold")
-    for i, (head, said) in enumerate(steps):
+    for mark, (head, said) in zip(marks, steps, strict=True):
         y -= 43
-        draw.mark(x, y, i + 1)
+        if isinstance(mark, str):
+            draw.worker(x, y, style.line(rule)["color"], mark == "leads")
+        else:
+            draw.mark(x, y, mark)
         draw.text(x + 18, y, head, ha="left", fontweight="bold")
         draw.text(x + 18, y - 20, said, INK, 13.5, ha="left")
     legend(draw, rule, 760)
@@ -316,7 +377,8 @@ def main() -> None:
     alone("paths-pepita", "PEPITA")
     alone("paths-ekdaa", "EKDAA")
     beside("paths-landing", [five], formulas=False)
-    beside("paths", [rules[:4], rules[4:]])
+    alone("paths-lfnn", "LeaderFollower")
+    beside("paths", [rules[:5], rules[5:]])
 
 
 if __name__ == "__main__":
