@@ -359,7 +359,7 @@ def killed_data(team, folder):
 
 
 def killed_pipe(team, folder):
-    die_at(distributed._Run, "learn", 19, team)  # an epoch has twelve steps
+    die_at(distributed.RankRun, "learn", 19, team)  # an epoch has twelve steps
     with pytest.raises(ConnectionError):
         pipelined(team, folder)
 

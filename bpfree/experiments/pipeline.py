@@ -1,6 +1,6 @@
 """What a process per stage gains, beside backprop in the same pipeline:
 
-    torchrun --nproc-per-node 2 -m bpfree.experiments.pipeline
+    torchrun --nproc-per-node 2 -m bpfree.experiments.pipeline      writes pipeline-cpu.json
 
 Local losses need nothing from above, so both stages work all the time. Backprop's error must come
 down before stage 1 can learn: with a whole batch nothing overlaps, and in M parts (GPipe) a share
@@ -21,8 +21,9 @@ from torch import Tensor, nn
 from ..data import Data
 from ..network import mlp
 from ..stages import Stage, Stages
-from ..training.distributed import _Run
+from ..training.distributed import RankRun
 from ..training.ranks import Ranks, ranks
+from . import results
 from .timing import SGD
 
 WIDTH, LAYERS, BATCH, PARTS = 1024, 4, 128, 4
@@ -47,7 +48,7 @@ def local(steps: int, team: Ranks, pipeline: bool) -> Callable[[], None]:
     made, where = stages(), team if pipeline else Ranks()
     mine = [made[team.rank]] if pipeline else list(made)
     loss = lambda stage, h, y: F.cross_entropy(stage.scores(h), y)  # noqa: E731
-    run = _Run(mine, data(steps), SGD, loss, where, pipeline)
+    run = RankRun(mine, data(steps), SGD, loss, where, pipeline)
 
     def epoch() -> None:
         if pipeline or team.rank == 0:
@@ -138,6 +139,10 @@ def measure(team: Ranks, steps: int = 10, rounds: int = 7) -> dict[str, dict[str
 if __name__ == "__main__":
     torch.set_num_threads(1)
     with ranks() as team:
-        for name, row in measure(team).items():
-            if team.rank == 0:
+        table = measure(team)
+        if team.rank == 0:
+            for name, row in table.items():
                 print(f"{name:28} {row['images_per_s']:7d} images/s {row['ratio']:6.2f}")
+            setting = {"width": WIDTH, "layers": LAYERS, "batch": BATCH, "parts": PARTS}
+            content = {"arms": table, "setting": setting, **results.manifest("cpu")}
+            results.write_json(results.path("pipeline-cpu"), content)

@@ -99,7 +99,7 @@ def train(
     file = None if checkpoint is None else Path(os.path.expanduser(checkpoint))
     rates = [1.0 if schedule is None else schedule(epoch) for epoch in range(epochs)]
     mine = [stages.train()[ranks.rank]] if pipeline else list(stages.train())
-    run = _Run(mine, data, optimizer, loss, ranks, pipeline)
+    run = RankRun(mine, data, optimizer, loss, ranks, pipeline)
     groups = [{k: v for k, v in g.items() if k != "params"} for g in run.opt.param_groups]
     settings = [
         repr(stages), dict(stages.state_dict()), type(run.opt).__name__, groups, rates, batch_size,
@@ -145,7 +145,7 @@ def train(
     return Curves(*(torch.cat([torch.stack(part[i]) for part in parts], 1) for i in (0, 1)))
 
 
-class _Run:
+class RankRun:
     """What one rank trains: its stages, their optimiser, and its place in the pipeline."""
 
     def __init__(self, mine, data, optimizer, loss, ranks, pipeline):
