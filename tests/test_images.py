@@ -8,7 +8,10 @@ from PIL import Image
 from torchvision.transforms.functional import center_crop, resize, to_tensor
 
 from bpfree.data import data_root
+from bpfree.experiments.record import record
+from bpfree.experiments.staged import StagesRecipe
 from bpfree.images import MEAN, STD, Images
+from bpfree.training.fit import OutOfTime
 
 pytestmark = pytest.mark.processes
 CLASSES = ("ant", "bee", "cow")
@@ -114,3 +117,23 @@ def test_tiny_imagenet_is_read_by_workers():
     assert x.isfinite().all()
     assert x.std(0).mean() > 0.5  # normalised pictures, not all the same
     assert len(images.test_y) == 50 * images.num_classes
+
+
+def test_a_recipe_of_stages_is_recorded_from_a_folder_of_images(tmp_path):
+    folder_of_images(tmp_path / "tiny-imagenet-200")
+    options = {"n": 2, "local": True, "weights": (0.5, 1.0)}
+    recipe = StagesRecipe(
+        "small", "tiny-imagenet", ("resnet8", (3,), {"width": 2}), "Stages", options,
+        epochs=2, lr=0.05, batch_size=6,
+    )  # fmt: skip
+    result = record(recipe, [3], data_root=tmp_path, folder=tmp_path)
+    (run,) = result["runs"].values()
+    assert [len(run[k]) for k in ("train_loss", "test_accuracy", "stage_accuracy")] == [2, 2, 2]
+    assert all(len(stages) == 2 for stages in run["stage_loss"])
+    assert run["test_accuracy"] == [stages[-1] for stages in run["stage_accuracy"]]
+    again = recipe.fit(recipe.load(tmp_path), [3])
+    assert again.test_accuracy[0].tolist() == pytest.approx(run["test_accuracy"], abs=1e-4)
+    with pytest.raises(OutOfTime, match="after epoch 0 of 2"):
+        recipe.fit(recipe.load(tmp_path), [3], deadline=0.0)
+    with pytest.raises(FileNotFoundError, match="tiny-imagenet: no folder"):
+        recipe.load(tmp_path / "elsewhere")

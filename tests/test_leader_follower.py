@@ -1,5 +1,6 @@
 """Leader-follower networks: heads that see their own, who leads, votes, memory, refusals."""
 
+import itertools
 import math
 import weakref
 
@@ -67,7 +68,15 @@ def test_heads_are_drawn_from_he_of_what_a_worker_sees():
 
 @pytest.mark.parametrize(
     ("workers", "leaders", "expected"),
-    [(32, 0.7, 23), (32, 0.71875, 23), (100, 0.07, 7), (10, 0.3, 3), (8, 1.0, 8), (8, 0.01, 1)],
+    [
+        (4, 1e-12, 1),
+        (32, 0.7, 23),
+        (32, 0.71875, 23),
+        (100, 0.07, 7),
+        (10, 0.3, 3),
+        (8, 1.0, 8),
+        (8, 0.01, 1),
+    ],
 )
 def test_the_number_of_leaders_is_the_share_rounded_up(workers, leaders, expected):
     rule = LeaderFollower(bpfree.mlp(3, 4, 2), workers, leaders)
@@ -90,6 +99,18 @@ def test_the_best_worker_gets_no_follower_error_and_is_not_moved_by_followers():
     assert_same(
         {"q": q[~leads]}, {"q": (2 / 4 / 4 * (s - best[:, None]))[~leads]}
     )  # C = 4, 4 follow
+
+
+@pytest.mark.parametrize(("workers", "leading"), [(8, 1), (4, 2), (24, 16)])
+def test_the_best_worker_leads_where_all_tie(workers, leading):
+    rule = LeaderFollower(bpfree.mlp(3, 4, 5), workers, leading / workers, lambda_follower=5.0)
+    orders = list(itertools.permutations((1.0, 2.0, 3.0, 5.0)))[:workers]
+    s = torch.tensor([[(0.5, *wrong) for wrong in orders]])  # one loss, other scores
+    leads = rule.leads(-s.log_softmax(2)[..., 0])[0]
+    q = rule.score_errors(s, torch.eye(5)[:1])[0]
+    held = s[0] - (workers - leading) / 2 * q  # of a follower: whom it follows
+    assert (held[~leads] - held[~leads][0]).abs().max() < 1e-5
+    assert (held[~leads][0] - s[0][leads]).abs().amax(1).min() < 1e-5
 
 
 def test_without_any_loss_of_their_own_blocks_rest_and_lfnn_is_backprop():

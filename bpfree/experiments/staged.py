@@ -5,13 +5,18 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
+import time
 from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar
 
 import torch
+from torch import Tensor
 
-from ..data import NAMES, Data
-from ..stages import Stages, split
+from ..data import Data
+from ..images import FOLDERS, Images
+from ..stages import Stage, Stages, split
+from ..training import distributed
+from ..training.device import precision as precision_of
 from ..training.ranks import Ranks
 from ..training.stages import StagesRun, fit_stages
 from . import zoo
@@ -37,27 +42,55 @@ class StagesRecipe(Recipe):
             return (1 + math.cos(math.pi * epoch / self.epochs)) / 2
         return super().schedule(epoch)
 
-    def load(self, root: str | os.PathLike | None = None) -> Data:
-        if self.data not in NAMES:
-            raise FileNotFoundError(f"{self.data}: bpfree.load cannot read it yet")
-        return super().load(root)
+    def load(self, root: str | os.PathLike | None = None) -> Data | Images:  # type: ignore[override]
+        """Its data set: tensors, or a folder of images, which worker processes read."""
+        return Images(self.data, root) if self.data in FOLDERS else super().load(root)
 
-    def fit(
-        self, data: Data, seeds: Sequence[int], *, probe: int = 0, compile: bool = False,
-        save_every: float = 0.0, ranks: Ranks = Ranks(), **options: Any,  # noqa: B008
+    def fit(  # type: ignore[override]
+        self, data: Data | Images, seeds: Sequence[int], *, probe: int = 0, compile: bool = False,
+        save_every: float = 600.0, ranks: Ranks = Ranks(), **options: Any,  # noqa: B008
     ) -> StagesRun:  # fmt: skip
-        """``fit_stages`` with this recipe's settings; ``probe``, ``save_every`` are for rules."""
-        if ranks.size > 1:
-            raise ValueError(f"{self.name} is trained by one process, got {ranks.size} ranks: "
-                             "training.distributed.train takes stages")  # fmt: skip
+        """``fit_stages`` with this recipe's settings; ``probe`` is for rules. Folders of images are
+        shared out among the ranks, with their own, standard augmentation."""
         if compile:
             raise ValueError(f"{self.name} is not compiled: stages are trained one by one")
+        if isinstance(data, Images):
+            return self._fit_images(data, *seeds, save_every=save_every, ranks=ranks, **options)
+        if ranks.size > 1:
+            raise ValueError(f"{self.name} is trained by one process, got {ranks.size} ranks: "
+                             "its data fit one's memory")  # fmt: skip
         how = {k: self.options[k] for k in ("local", "weights")}
         return fit_stages(
             self.make, data, epochs=self.epochs, batch_size=self.batch_size,
             optimizer=self.optimizer, schedule=self.schedule, seeds=seeds, **how,
             shifts=self.shifts, flips=self.flips, **options,
         )  # fmt: skip
+
+    def _fit_images(
+        self, images: Images, seed: int, *, device: str = "cpu", precision: str = "float32",
+        progress: object = None, **options: Any,
+    ) -> StagesRun:  # fmt: skip
+        """One seed, by local losses (of a single stage: end to end)."""
+        stages, start = self.make(torch.Generator().manual_seed(seed)).to(device), time.monotonic()
+        weights = self.options["weights"] or (1.0,) * len(stages)
+        for stage, weight in zip(stages, weights, strict=True):
+            stage.loss_weight = weight
+        with precision_of(precision, torch.device(device)):
+            curves = distributed.train(
+                stages, images, epochs=self.epochs, batch_size=self.batch_size, seed=seed,
+                optimizer=self.optimizer, schedule=self.schedule, loss=_weighted, pipeline=False,
+                **options,
+            )  # fmt: skip
+        loss, accuracy = (c.double()[None] for c in curves)
+        none = torch.empty(1, 0).double()
+        return StagesRun(
+            [stages], loss[..., -1], torch.full_like(loss[..., -1], torch.nan), accuracy[..., -1],  # type: ignore[list-item]
+            none, none, [None], time.monotonic() - start, loss, accuracy,
+        )  # fmt: skip
+
+
+def _weighted(stage: Stage, h: Tensor, y: Tensor) -> Tensor:
+    return stage.loss_weight * distributed.own_loss(stage, h, y)
 
 
 def _arms(*numbers: int) -> Iterator[tuple[str, dict[str, Any]]]:

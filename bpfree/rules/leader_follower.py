@@ -78,7 +78,7 @@ class LeaderFollower(Rule):
             if not (math.isfinite(value) and value >= 0):
                 raise ValueError(f"{name} must be a finite number >= 0, got {value}")
         self.workers, self.sees, self.local, self.maps = workers, sees, local, maps
-        self.leading = math.ceil(leaders * workers - 1e-9)  # 0.07 * 100 is a little over 7
+        self.leading = max(1, math.ceil(leaders * workers - 1e-9))  # 0.07 * 100 is a little over 7
         self.lambda_leader, self.lambda_follower = lambda_leader, lambda_follower
         self.forward_only = local
         for l, (channels, *sides) in enumerate(net.shapes[:-1], 1):
@@ -116,10 +116,12 @@ class LeaderFollower(Rule):
         y = target[:, None]
         log_p = F.log_softmax(s, 2, dtype=target.dtype)
         losses = -(log_p * y).sum(2)
-        best = s.take_along_dim(losses.argmin(1)[:, None, None], 1)
+        leads = self.leads(losses)
+        first = losses.masked_fill(~leads, math.inf).argmin(1)  # a leader, at ties too
+        best = s.take_along_dim(first[:, None, None], 1)
         following = self.lambda_follower * 2 / s.shape[2] / max(self.workers - self.leading, 1)
         return torch.where(
-            self.leads(losses)[..., None],
+            leads[..., None],
             self.lambda_leader / self.leading * (log_p.exp() - y),
             following * (s - best),
         )

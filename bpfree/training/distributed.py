@@ -25,7 +25,7 @@ from torch.utils._pytree import tree_map
 
 from ..stages import Stage, Stages
 from . import checkpoint as checkpoints
-from .fit import sgd
+from .fit import OutOfTime, sgd
 from .ranks import Above, Ranks, receive
 
 LOOK = 64  # steps after which ranks agree whether to save: each time the pipeline runs empty
@@ -57,6 +57,7 @@ def train(
     ranks: Ranks = Ranks(),  # noqa: B008  # a tuple of two numbers
     checkpoint: str | os.PathLike | None = None,
     save_every: float = 600.0,
+    deadline: float | None = None,
 ) -> Curves:
     """Train stages by their own losses, in place: a rank per stage, or all in every rank.
 
@@ -76,11 +77,13 @@ def train(
         ranks: as ``ranks()`` gives them; alone, this process trains all with ``pipeline=False``.
         checkpoint: file that rank 0 writes every ``save_every`` seconds and at the end of each
             epoch; the same call goes on from there, to the bit.
+        deadline: ``time.monotonic()`` after which no epoch begins.
 
     Raises:
         ValueError: for another number of ranks than stages in a pipeline, epochs < 1, a batch
             larger than the training set or not divided by the ranks, or a checkpoint that is
             damaged or of other settings.
+        OutOfTime: if the deadline comes first.
         ConnectionError: if another rank is lost; start the same command again.
     """
     n = len(data.train_y)
@@ -106,8 +109,7 @@ def train(
         seed, loss, pipeline, ranks.size, data.checksum, data.scale, data.shift,
     ]  # fmt: skip
     fingerprint = checkpoints.digest(settings) if file and ranks.rank == 0 else ""
-    generator = torch.Generator().manual_seed(seed)
-    draws = torch.randint(2**62, (epochs,), generator=generator).tolist()
+    draws = torch.randint(2**62, (epochs,), generator=torch.Generator().manual_seed(seed)).tolist()
     epoch, step, written = 0, 0, time.monotonic()
 
     def save() -> None:
@@ -121,12 +123,13 @@ def train(
         epoch, step = saved["epoch"], saved["step"]
         run.load_state_dict(saved["parts"])
     while epoch < epochs:
+        if ranks.first(partial(bool, deadline is not None and time.monotonic() > deadline)):
+            raise OutOfTime(f"stopped after epoch {epoch} of {epochs}")
         for group, setting in zip(run.opt.param_groups, groups, strict=True):
             group["lr"] = rates[epoch] * setting["lr"]
         order = torch.randperm(n, generator=torch.Generator().manual_seed(draws[epoch]))
-        batches = order.split(batch_size)[: n // batch_size]
-        if not pipeline:
-            batches = [ranks.share(batch) for batch in batches]
+        whole = order.split(batch_size)[: n // batch_size]
+        batches = whole if pipeline else [ranks.share(batch) for batch in whole]
         for x, y in run.flow("train", batches[step:], draws[epoch]):
             run.learn(x, y)
             step += 1
@@ -221,11 +224,8 @@ class RankRun:
 
     def state_dict(self) -> dict:
         """Everything that this rank's training reads and writes, on the CPU."""
-        state: dict = {
-            "totals": self.totals,
-            "curves": [*self.curves],
-            "rng": self._torchs().get_rng_state(),
-        }
+        state: dict = {"totals": self.totals, "curves": [*self.curves]}
+        state["rng"] = self._torchs().get_rng_state()
         if self.pipeline or self.ranks.rank == 0:
             state["stages"] = [dict(stage.state_dict()) for stage in self.mine]
             state["optimizer"] = self.opt.state_dict()
