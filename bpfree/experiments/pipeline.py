@@ -101,7 +101,7 @@ def backprop(steps: int, team: Ranks, parts: int | None) -> Callable[[], None]:
     return epoch
 
 
-def measure(team: Ranks, steps: int = 10, rounds: int = 7) -> dict[str, dict[str, float]]:
+def measure(team: Ranks, steps: int = 10, rounds: int = 15) -> dict[str, dict[str, float]]:
     """Images per second of each arm, the median over rounds; and the median of its ratio, within a
     round, to the same rule in one process.
 
