@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .refuse import check_scale, one_of
+from .rules.attention import power
 from .rules.feedback import like_weight
 from .stages import Stage, Stages, split
 
@@ -96,11 +97,6 @@ _OTHER: dict[type, type] = {
     nn.Linear: FeedbackLinear, nn.Conv2d: FeedbackConv2d, nn.MultiheadAttention: FeedbackAttention,
 }  # fmt: skip
 _READS = ("Block", "ShiftedWindowAttention", "ShiftedWindowAttentionV2")  # read their layers' W
-
-
-def power(W: Tensor, p: float = 2.0) -> Tensor:
-    """alpha'(W) = sign(W) |W|^(p-1), the derivative of attention |W|^p / p."""
-    return W.sign() * W.abs() ** (p - 1)
 
 
 def _signs(W: Tensor, scale: float) -> Tensor:

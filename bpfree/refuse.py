@@ -38,6 +38,15 @@ def check_function(name: str, f: Callable[[Tensor], Tensor], a: Tensor) -> None:
         raise ValueError(f"{name} must depend on its input alone, got {f}")
 
 
+def check_elementwise(name: str, f: Callable[[Tensor], Tensor]) -> None:
+    """Raise unless f maps tensors of any shape, each entry by itself."""
+    a = torch.linspace(-1.5, 2, 12, dtype=torch.float64)
+    check_function(name, f, a)
+    parts = [f(a.view(3, 4)).reshape(-1), torch.cat([f(a[:5]), f(a[5:])]), f(a.flip(0)).flip(0)]
+    if not all(torch.allclose(part, f(a), equal_nan=True) for part in parts):
+        raise ValueError(f"{name} must be elementwise, got {f}")
+
+
 def check_scale(name: str, scale: float) -> None:
     """Raise a ValueError that names the argument unless it is a positive finite number."""
     if not (math.isfinite(scale) and scale > 0):

@@ -15,6 +15,7 @@ RULES = {
     "PEPITA": ("PEPITA", "#E69F00", (0, (7, 2)), "*"),
     "EKDAA": ("EKDAA", "#882255", (0, (5, 1, 1, 1, 1, 1)), "X"),
     "LeaderFollower": ("LFNN", "#332288", (0, (2, 1)), "h"),
+    "NextLayerAttention": ("attention", "#117733", (0, (4, 1, 1, 1)), "p"),
     "Stages": ("stages", "#44AA99", (0, (3, 1)), "d"),
     "Frozen": ("frozen hidden layers", "#7F7F7F", ":", "x"),
     "Shuffled": ("shuffled signal", "#A6761D", (0, (4, 2, 1, 2)), "+"),

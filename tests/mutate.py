@@ -181,6 +181,19 @@ MUTANTS = [
     Mutant("rules/leader_follower.py", "seen.to(q.dtype)) / len(h)", "seen.to(q.dtype))",
            "heads learn from a sum over the batch", "test_equivalence.py::"
            "test_every_rule_is_its_equation_on_any_network[lfnn-l]"),
+    # ---- next-layer attention ----
+    Mutant("rules/attention.py", "W.sign() * W.abs()", "W.abs()",
+           "an audience without signs", "test_equivalence.py::"
+           "test_T11_attention_to_the_square_is_backprop_and_to_the_modulus_sign_symmetry"),
+    Mutant("rules/attention.py", "(1 - paid / whole) / whole", "/ whole",
+           "a share that does not count itself", "test_equivalence.py::"
+           "test_every_rule_is_its_equation_on_any_network[attention-relative]"),
+    Mutant("rules/attention.py", "W = W - block.outer", "W = W + block.outer",
+           "the audience before its step, mirrored", "test_equivalence.py::"
+           "test_T11_the_signal_is_the_slope_of_the_attention_after_the_audiences_step"),
+    Mutant("rules/attention.py", "torch.where(below.h != 0, v, 0.0)", "v",
+           "the silent hear", "test_attention.py::"
+           "test_a_silent_neuron_whose_derivative_is_not_zero_hears_nothing"),
     # ---- networks ----
     Mutant("network.py", " / (1 - block.dropout)", "", "dropout not rescaled",
            "test_network.py::test_masks_are_zero_or_the_inverse_keep_probability"),

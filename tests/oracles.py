@@ -45,6 +45,14 @@ LEADER_FOLLOWERS: dict[str, Callable[..., bpfree.Rule]] = {
         bpfree.LeaderFollower, workers=3, leaders=0.3, local=False, maps="flat", lambda_leader=0.8
     ),
 }
+# the weights, seen through another function each; the last looks ahead of the audience's step
+ATTENTIONS: dict[str, Callable[..., bpfree.Rule]] = {
+    "attention": partial(bpfree.NextLayerAttention, p=1.5, scale="weights"),
+    "attention-relative": partial(
+        bpfree.NextLayerAttention, attention=lambda w: w**2 + 0.3 * w.cosh(), relative=True
+    ),
+    "attention-ahead": partial(bpfree.NextLayerAttention, p=3, foresight=0.4, observed=True),
+}
 # every rule with every option that changes its signal; the keys are the tests' ids
 RULES: dict[str, Callable[..., bpfree.Rule]] = {
     "backprop": bpfree.Backprop,
@@ -58,6 +66,7 @@ RULES: dict[str, Callable[..., bpfree.Rule]] = {
     **TWO_PASS,
     **EKDAAS,
     **LEADER_FOLLOWERS,
+    **ATTENTIONS,
 }
 # those with r_l = h_{l-1} and delta_L = e, which need no hidden block
 ONE_PASS = [name for name in RULES if name not in TWO_PASS]
@@ -75,7 +84,7 @@ WITH_FEEDBACK = (
 # those whose feedback is a parameter
 LEARNING_FEEDBACK = ("kp", *EKDAAS, *LEADER_FOLLOWERS)
 # those in which a sample's signal depends on the others of its batch: no T12
-BATCHWISE = ("ekdaa-released",)
+BATCHWISE = ("ekdaa-released", "attention-ahead")
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "identity": lambda a: a * 1,
@@ -246,9 +255,15 @@ def written_out(
             delta1 = (taught[1][0] + (0 if local else delta2 @ W2)) * slope1
             return [delta1, delta2, e], {f"rule.V{l}": grad for l, (_, grad) in taught.items()}
 
+        def attended() -> list[Tensor]:
+            delta2 = (e @ attention_to(name, W3, e.T @ h2 / len(x))) * slope2
+            return [(delta2 @ attention_to(name, W2, delta2.T @ h1 / len(x))) * slope1, delta2, e]
+
         own: dict[str, Tensor] = {}
         if name == "backprop":
             deltas = descend(W3, W2)
+        elif name in ATTENTIONS:
+            deltas = attended()
         elif name in LEADER_FOLLOWERS:
             deltas, own = crowd(**options)
         elif name in ("fa", "kp"):
@@ -273,6 +288,28 @@ def written_out(
             gamma = options.get("gamma", 0.1)
             grads |= {f"rule.E{l}": gamma * grads[f"{l - 1}.linear.weight"] for l in (2, 3)}
     return deltas, grads | own
+
+
+def attention_to(name: str, W: Tensor, grad: Tensor) -> Tensor:
+    """alpha'(W), synapse by synapse."""
+    options = RULES[name].keywords
+    W = W.detach() - options.get("foresight", 0) * grad
+    if "p" in options:
+        M = W.sign() * W.abs() ** (options["p"] - 1)
+        return M * W.norm() / M.norm() if options.get("scale") == "weights" else M
+    return own_share(W)
+
+
+@torch.enable_grad()
+def own_share(W: Tensor) -> Tensor:
+    """d share_ji / d w_ji of each synapse; the other shares, which fall, are not i's."""
+    M = torch.zeros_like(W)
+    for j in range(len(W)):
+        row = W[j].detach().flatten().requires_grad_()
+        paid = row**2 + 0.3 * row.cosh()
+        for k, share in enumerate(paid / paid.sum()):
+            M[j].view(-1)[k] = torch.autograd.grad(share, row, retain_graph=True)[0][k]
+    return M
 
 
 def heads(
@@ -541,6 +578,9 @@ def block_by_block(
             v = above.carry(deltas[l + 1], fixed[f"B{l + 1}"])
         elif name.startswith("sign"):
             v = above.carry(deltas[l + 1], W[l + 1].sign() * fixed[f"S{l + 1}"])
+        elif name in ATTENTIONS:
+            grad = above.gradients(deltas[l + 1])["weight"]
+            v = above.carry(deltas[l + 1], attention_to(name, W[l + 1], grad))
         else:
             v = above.carry(deltas[l + 1], W[l + 1]) * (0 if name == "frozen" else 1)
         deltas[l] = cuts[l].slope_times(v)

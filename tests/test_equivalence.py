@@ -608,6 +608,84 @@ def error_and_target_loss(scores, y):
     return scores.logsumexp(1) - scores[torch.arange(len(y)), y]
 
 
+# ---- next-layer attention ------------------------------------------------------------------------
+
+
+@given(problems)
+def test_T11_attention_to_the_square_is_backprop_and_to_the_modulus_sign_symmetry(problem):
+    net, x, y = problem
+    grads = update_of(bpfree.NextLayerAttention(net), x, y).grads
+    assert_same(grads, autograd_grads(net, x, y))
+    assert_same(
+        update_of(bpfree.NextLayerAttention(net, p=1), x, y).grads,
+        update_of(bpfree.SignSymmetry(net), x, y).grads,
+    )
+
+
+ALPHAS = {
+    "p = 1.5": ({"p": 1.5}, lambda W: W.abs() ** 1.5 / 1.5),
+    "p = 2": ({}, lambda W: W**2 / 2),
+    "p = 3": ({"p": 3}, lambda W: W.abs() ** 3 / 3),
+    "cosh": ({"attention": torch.cosh}, torch.cosh),
+}
+alphas = pytest.mark.parametrize("alpha", ALPHAS)
+
+
+@alphas
+@given(problem=mlps(depth=(2, 3)), eta=st.sampled_from([0.0, 0.3, 2.0]))
+def test_T11_the_signal_is_the_slope_of_the_attention_after_the_audiences_step(alpha, problem, eta):
+    """A_i(h) = sum_j alpha(w_ji - eta/B sum_s delta_sj h_si), delta held: torch differentiates it
+    at the step eta, or at a step of nearly nothing."""
+    net, x, y = problem
+    options, paid = ALPHAS[alpha]
+    update = update_of(bpfree.NextLayerAttention(net, **options, foresight=eta), x, y)
+    (r, delta), W = update.signals[-1], net.weights()[-1].detach()
+    h, step = r.clone().requires_grad_(), eta or 1e-6
+    A = paid(W - step / len(x) * delta.T @ h).sum()
+    heard = -torch.autograd.grad(A, h)[0] * len(x) / step
+    t = net.trace(dict(net.named_parameters()), x)[-2]
+    expected = net[-2].local_vjp(heard.reshape(t.h.shape), t)
+    tolerance = dict(rtol=1e-7, atol=1e-9) if eta else dict(rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(update.signals[-2][1], expected.detach(), **tolerance)
+
+
+def imbalance(net, grads, slope):
+    """Of each hidden neuron, dA_i less d(|w_i|^2 + b_i^2) / 2 along minus the gradients."""
+    found = []
+    for l in range(1, len(net)):
+        W, own = net[l - 1].linear.weight.detach(), grads[f"{l - 1}.linear.weight"]
+        heard = (slope(l, net[l].linear.weight.detach()) * grads[f"{l}.linear.weight"]).sum(0)
+        listens = (W * own).sum(1)
+        if (bias := net[l - 1].linear.bias) is not None:
+            listens = listens + bias.detach() * grads[f"{l - 1}.linear.bias"]
+        found.append((heard - listens) / (1e-12 + listens.abs().max() + heard.abs().max()))
+    return torch.cat(found).abs().max()
+
+
+homogeneous = st.sampled_from(["relu", "identity", lambda a: torch.where(a > 0, a, 0.1 * a)])
+
+
+@alphas
+@given(problem=mlps(depth=(2, 4), activation=homogeneous))
+def test_T13_a_neuron_is_heard_as_it_listens(alpha, problem):
+    rule = bpfree.NextLayerAttention(problem.net, **ALPHAS[alpha][0])
+    grads = update_of(rule, problem.x, problem.y).grads
+    assert imbalance(problem.net, grads, lambda l, W: rule.attend(W)) < 1e-9
+
+
+@given(problem=mlps(depth=(2, 4), activation=homogeneous), seed=seeds)
+def test_T13_holds_for_feedback_alignment_whose_attention_is_a_fixed_multiple(problem, seed):
+    rule = bpfree.FeedbackAlignment(problem.net, generator=generator(seed))
+    grads = update_of(rule, problem.x, problem.y).grads
+    assert imbalance(problem.net, grads, lambda l, W: rule.state()[f"B{l + 1}"]) < 1e-9
+
+
+def test_T13_fails_for_tanh():
+    net, x, y = mlp_problem(bias=False)
+    rule = bpfree.NextLayerAttention(net)
+    assert imbalance(net, update_of(rule, x, y).grads, lambda l, W: W) > 0.01
+
+
 # ---- every rule ----------------------------------------------------------------------------------
 
 

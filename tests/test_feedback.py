@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from oracles import (
+    ATTENTIONS,
     EKDAAS,
     LEADER_FOLLOWERS,
     LEARNING_FEEDBACK,
@@ -234,6 +235,7 @@ def test_what_is_fixed_is_a_buffer_and_what_learns_is_a_parameter(name, mlp):
         "drtp": {"D1", "D2"},
         "backprop": set(),
         "frozen": set(),
+        **dict.fromkeys(ATTENTIONS, set()),
         **dict.fromkeys(TWO_PASS, {"F"}),
         **dict.fromkeys(LEADER_FOLLOWERS, {"V1", "V2"}),
     }.get(name, {f"{letters.get(name)}{l}" for l in (2, 3)})

@@ -1,5 +1,6 @@
 """One file per family of learning rules: where its teaching signal comes from."""
 
+from .attention import NextLayerAttention
 from .backprop import Backprop
 from .ekdaa import EKDAA
 from .falsifiers import Frozen, shuffled
@@ -9,5 +10,5 @@ from .pepita import PEPITA
 
 __all__ = [
     "DRTP", "EKDAA", "PEPITA", "Backprop", "DirectFeedbackAlignment", "FeedbackAlignment", "Frozen",
-    "KolenPollack", "LeaderFollower", "SignSymmetry", "shuffled",
+    "KolenPollack", "LeaderFollower", "NextLayerAttention", "SignSymmetry", "shuffled",
 ]  # fmt: skip
