@@ -185,7 +185,7 @@ MUTANTS = [
     Mutant("rules/attention.py", "W.sign() * W.abs()", "W.abs()",
            "an audience without signs", "test_equivalence.py::"
            "test_T11_attention_to_the_square_is_backprop_and_to_the_modulus_sign_symmetry"),
-    Mutant("rules/attention.py", "(1 - paid / whole) / whole", "/ whole",
+    Mutant("rules/attention.py", "(1 - paid / whole) / whole", "1 / whole",
            "a share that does not count itself", "test_equivalence.py::"
            "test_every_rule_is_its_equation_on_any_network[attention-relative]"),
     Mutant("rules/attention.py", "W = W - block.outer", "W = W + block.outer",
