@@ -271,7 +271,7 @@ MUTANTS = [
            "test_after_the_kill_of_a_rank_the_same_calls_come_to_the_same_end"),
     Mutant("images.py", "(draw + 2654435761 * index)", "(2654435761 * index)",
            "every epoch crops a picture alike", "test_images.py::"
-           "test_what_befalls_a_picture_is_decided_by_its_number_and_the_draw"),
+           "test_what_befalls_a_picture_is_decided_by_its_number_and_the_draw[0]"),
     Mutant("data.py", "if not check_integrity(path, md5):", "if False:",
            "damaged files are read", "test_data.py::test_a_damaged_file_is_named_and_not_loaded"),
 ]  # fmt: skip
