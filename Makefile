@@ -9,6 +9,7 @@ export OMP_NUM_THREADS := 1
 # The numbers of another processor: no vector instructions but the oldest, another order of sums
 OTHER := ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 MKL_CBWR=COMPATIBLE
 UNITS := $(BIN)/pytest tests --ignore=tests/test_book.py --ignore=tests/test_browser.py -p no:nbval -rs
+AGAIN := $(UNITS) -n 2 -m "not compiles and not processes" --hypothesis-profile=again
 PAGES := $(BIN)/pytest --nbval chapters --ignore=chapters/text --dist loadfile
 
 .PHONY: book test test-units test-mutants test-pages test-book test-arithmetic test-threads lab notebooks figures env lint clean
@@ -33,15 +34,15 @@ test-book: env
 	$(BIN)/jupyter-book build . --all --quiet -W -n --keep-going
 	$(BIN)/pytest tests/test_book.py tests/test_browser.py -p no:nbval -rs
 
-# What may not depend on the machine: every page, and the tests that compare numbers. A compiler of
-# PyTorch's looks at the real processor, so it is left out. With two threads each page stands alone
+# What may not depend on the machine: every page, and the tests that compare numbers, on fewer
+# examples. A compiler of PyTorch's looks at the real processor, so it is left out. With two threads each page stands alone
 # in a folder, as in Colab.
 test-arithmetic: env
-	$(OTHER) $(UNITS) -n 2 -m "not compiles and not processes"
+	$(OTHER) $(AGAIN)
 	$(OTHER) $(PAGES) -n 2
 
 test-threads: env
-	OMP_NUM_THREADS=2 OMP_WAIT_POLICY=passive $(UNITS) -n 2 -m "not compiles and not processes"
+	OMP_NUM_THREADS=2 OMP_WAIT_POLICY=passive $(AGAIN)
 	rm -rf _build/alone
 	for page in chapters/*/*.ipynb; do \
 	  folder=_build/alone/$$(basename $$page .ipynb); mkdir -p $$folder; cp $$page $$folder; done

@@ -17,6 +17,7 @@ settings.register_profile(
 settings.register_profile(
     "mutants", settings.get_profile("book"), phases=[Phase.explicit, Phase.generate]
 )
+settings.register_profile("again", settings.get_profile("book"), max_examples=5)
 settings.load_profile("book")
 
 
