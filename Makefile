@@ -35,8 +35,8 @@ test-book: env
 	$(BIN)/pytest tests/test_book.py tests/test_browser.py -p no:nbval -rs
 
 # What may not depend on the machine: every page, and the tests that compare numbers, on fewer
-# examples. A compiler of PyTorch's looks at the real processor, so it is left out. With two threads each page stands alone
-# in a folder, as in Colab.
+# examples. A compiler of PyTorch's looks at the real processor, so it is left out. With two threads
+# each page stands alone in a folder, as in Colab.
 test-arithmetic: env
 	$(OTHER) $(AGAIN)
 	$(OTHER) $(PAGES) -n 2
