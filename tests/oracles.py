@@ -48,9 +48,7 @@ LEADER_FOLLOWERS: dict[str, Callable[..., bpfree.Rule]] = {
 # the weights, seen through another function each; the last looks ahead of the audience's step
 ATTENTIONS: dict[str, Callable[..., bpfree.Rule]] = {
     "attention": partial(bpfree.NextLayerAttention, p=1.5, scale="weights"),
-    "attention-relative": partial(
-        bpfree.NextLayerAttention, attention=lambda w: w**2 + 0.3 * w.cosh(), relative=True
-    ),
+    "attention-relative": partial(bpfree.NextLayerAttention, p=1.5, relative=True),
     "attention-ahead": partial(bpfree.NextLayerAttention, p=3, foresight=0.4, observed=True),
 }
 # every rule with every option that changes its signal; the keys are the tests' ids
@@ -294,19 +292,19 @@ def attention_to(name: str, W: Tensor, grad: Tensor) -> Tensor:
     """alpha'(W), synapse by synapse."""
     options = RULES[name].keywords
     W = W.detach() - options.get("foresight", 0) * grad
-    if "p" in options:
-        M = W.sign() * W.abs() ** (options["p"] - 1)
-        return M * W.norm() / M.norm() if options.get("scale") == "weights" else M
-    return own_share(W)
+    if options.get("relative"):
+        return own_share(W, options["p"])
+    M = W.sign() * W.abs() ** (options["p"] - 1)
+    return M * W.norm() / M.norm() if options.get("scale") == "weights" else M
 
 
 @torch.enable_grad()
-def own_share(W: Tensor) -> Tensor:
+def own_share(W: Tensor, p: float) -> Tensor:
     """d share_ji / d w_ji of each synapse; the other shares, which fall, are not i's."""
     M = torch.zeros_like(W)
     for j in range(len(W)):
         row = W[j].detach().flatten().requires_grad_()
-        paid = row**2 + 0.3 * row.cosh()
+        paid = row.abs() ** p / p
         for k, share in enumerate(paid / paid.sum()):
             M[j].view(-1)[k] = torch.autograd.grad(share, row, retain_graph=True)[0][k]
     return M

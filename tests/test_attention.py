@@ -36,6 +36,16 @@ def test_a_user_s_attention_is_differentiated_by_torch():
     assert_same(ours, update_of(bpfree.Backprop(net), x, y).grads)
 
 
+def test_a_user_s_attention_has_shares_too():
+    net, *_ = conv_problem()
+    ours, theirs = (
+        NextLayerAttention(net, relative=True, **options)
+        for options in ({"p": 1.5}, {"attention": lambda w: w.abs() ** 1.5 / 1.5})
+    )
+    for W in map(torch.Tensor.detach, net.weights()):
+        torch.testing.assert_close(theirs.attend(W), ours.attend(W))
+
+
 @pytest.mark.parametrize("activation", ["relu", "tanh"])
 @pytest.mark.parametrize("make", [mlp_problem, conv_problem])
 def test_what_is_read_off_ones_own_synapses_is_the_error(make, activation):
