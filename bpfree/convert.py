@@ -14,9 +14,6 @@ from torch import Tensor, nn
 from .refuse import check_scale, one_of
 from .rules.attention import power
 from .rules.feedback import like_weight
-from .stages import Stage, Stages, split
-
-__all__ = ["Stage", "Stages", "convert", "left_alone", "power", "split"]
 
 RULES = ("feedback-alignment", "sign-symmetry", "kolen-pollack", "attention")
 

@@ -188,10 +188,10 @@ MUTANTS = [
     Mutant("rules/attention.py", "(1 - paid / whole) / whole", "1 / whole",
            "a share that does not count itself", "test_equivalence.py::"
            "test_every_rule_is_its_equation_on_any_network[attention-relative]"),
-    Mutant("rules/attention.py", "W = W - block.outer", "W = W + block.outer",
+    Mutant("rules/attention.py", "params[name] - step", "params[name] + step",
            "the audience before its step, mirrored", "test_equivalence.py::"
            "test_T11_the_signal_is_the_slope_of_the_attention_after_the_audiences_step"),
-    Mutant("rules/attention.py", "torch.where(below.h != 0, v, 0.0)", "v",
+    Mutant("rules/attention.py", "torch.where(t.h != 0, v, 0.0)", "v",
            "the silent hear", "test_attention.py::"
            "test_a_silent_neuron_whose_derivative_is_not_zero_hears_nothing"),
     # ---- networks ----

@@ -113,7 +113,7 @@ def test_the_best_worker_leads_where_all_tie(workers, leading):
     assert (held[~leads][0] - s[0][leads]).abs().amax(1).min() < 1e-5
 
 
-def test_without_any_loss_of_their_own_blocks_rest_and_lfnn_is_backprop():
+def test_without_any_loss_of_their_own_blocks_rest():
     net, x, y = mlp_problem()
     none = dict(workers=3, lambda_leader=0.0, lambda_follower=0.0)
     resting = update_of(LeaderFollower(net, **none, generator=generator()), x, y).grads

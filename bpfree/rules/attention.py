@@ -11,7 +11,6 @@ from torch import Tensor
 from ..block import Trace
 from ..network import Network
 from ..refuse import check_elementwise, one_of
-from ..rule import Signal
 from .backprop import Backprop
 
 
@@ -87,15 +86,15 @@ class NextLayerAttention(Backprop):
             M = M * (torch.linalg.vector_norm(W) / torch.linalg.vector_norm(M))
         return M
 
-    def signals(self, params, state, trace: list[Trace], error, target) -> list[Signal]:
-        deltas = [error]
-        for l in range(len(self.net), 1, -1):
-            block, t, below = self.net[l - 1], trace[l - 1], trace[l - 2]
-            W = params[f"{l - 1}.linear.weight"]
-            if self.foresight:
-                W = W - block.outer(deltas[0], t.r, self.foresight / len(t.r))["weight"].to(W.dtype)
-            v = block.transpose(deltas[0], self.attend(W), below.h)
-            if self.observed:
-                v = torch.where(below.h != 0, v, 0.0)
-            deltas.insert(0, self.net[l - 2].local_vjp(v, below))
-        return [(t.r, delta) for t, delta in zip(trace, deltas, strict=True)]
+    def feedback(self, l, params, state):
+        return self.attend(params[f"{l - 1}.linear.weight"])
+
+    def carry(self, l, delta, params, state, trace):
+        if self.foresight:
+            name, t = f"{l - 1}.linear.weight", trace[l - 1]
+            step = self.net[l - 1].outer(delta, t.r, self.foresight / len(t.r))["weight"]
+            params = {**params, name: params[name] - step.to(params[name].dtype)}
+        return super().carry(l, delta, params, state, trace)
+
+    def descend(self, l: int, v: Tensor, t: Trace) -> Tensor:
+        return super().descend(l, torch.where(t.h != 0, v, 0.0) if self.observed else v, t)
