@@ -17,6 +17,8 @@ RULES = {
     "LeaderFollower": ("LFNN", "#332288", (0, (2, 1)), "h"),
     "NextLayerAttention": ("attention", "#117733", (0, (4, 1, 1, 1)), "p"),
     "Stages": ("stages", "#44AA99", (0, (3, 1)), "d"),
+    "Shrunk": ("BP, feedback shrunk", "#999933", (0, (6, 1, 1, 1)), ">"),
+    "EWC": ("BP with EWC", "#AA4499", (0, (2, 2)), "<"),
     "Frozen": ("frozen hidden layers", "#7F7F7F", ":", "x"),
     "Shuffled": ("shuffled signal", "#A6761D", (0, (4, 2, 1, 2)), "+"),
 }

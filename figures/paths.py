@@ -62,6 +62,10 @@ RULES = {
         (), "each block's own heads\nteach it, none above it",
         r"$\delta_l=\phi'\odot\sum_w q_w V_w$",
     ),
+    "NextLayerAttention": (
+        (r"$\alpha'(W_3)$", r"$\alpha'(W_2)$"), "each neuron seeks the\nnext layer's attention",
+        r"$\delta_l=\phi'\odot(\delta_{l+1}\,\alpha'(W_{l+1}))$",
+    ),
 }  # fmt: skip
 
 # what stands beside a panel drawn alone: a title, and what its marks mean
@@ -93,12 +97,19 @@ STEPS = {
         ("followers", "the others; the scores of the best teach them"),
         ("walls", "only activity leaves a block, upwards"),
     ),
+    "NextLayerAttention": (
+        "To be heard by the next layer",
+        ("the audience learns", r"neuron $j$ above moves its synapses by its own $\delta_j$"),
+        ("attention", r"what all of them pay to neuron $i$: $A_i=\sum_j\alpha(w_{ji})$"),
+        ("best response", r"for more of it, $h_i$ moves against $\sum_j\alpha'(w_{ji})\,\delta_j$"),
+    ),
 }  # fmt: skip
 MARKS = {  # where 1, 2, ... are, in columns and blocks; a kind of worker is its own mark
     "Backprop": ((SIGNAL + 46, 1.5), (SIGNAL - 20, 2.42), (UP - 26, 1), (SIGNAL + 26, 3)),
     "PEPITA": ((UP - 26, 3), (SIGNAL + 52, 2.35), (SIGNAL - 18, 0.5), (MIDDLE, 2.36)),
     "EKDAA": ((SIGNAL + 36, 2.5), (SIGNAL + 28, 2), (MIDDLE, 2.4)),
     "LeaderFollower": ((SIGNAL + 68, 2), "leads", "follows", (SIGNAL + 68, 1.28)),
+    "NextLayerAttention": ((SIGNAL + 26, 3), (UP - 44, 2.5), (SIGNAL + 72, 2.5)),
 }
 
 
@@ -378,6 +389,7 @@ def main() -> None:
     alone("paths-ekdaa", "EKDAA")
     beside("paths-landing", [five], formulas=False)
     alone("paths-lfnn", "LeaderFollower")
+    alone("paths-attention", "NextLayerAttention")
     beside("paths", [rules[:5], rules[5:]])
 
 

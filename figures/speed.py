@@ -165,6 +165,7 @@ def process(title: str, keep: bool) -> Iterator[Callable[[], None]]:
     ours, theirs = context.Pipe()
     worker = context.Process(target=_worker, args=(title, keep, theirs))
     worker.start()
+    theirs.close()  # so that a worker's death is an end of the pipe, not a wait for ever
 
     def step() -> None:
         ours.send(True)
@@ -173,7 +174,8 @@ def process(title: str, keep: bool) -> Iterator[Callable[[], None]]:
     try:
         yield step
     finally:
-        ours.send(False)
+        with contextlib.suppress(BrokenPipeError):
+            ours.send(False)
         worker.join()
 
 

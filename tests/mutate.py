@@ -274,6 +274,22 @@ MUTANTS = [
            "test_what_befalls_a_picture_is_decided_by_its_number_and_the_draw[0]"),
     Mutant("data.py", "if not check_integrity(path, md5):", "if False:",
            "damaged files are read", "test_data.py::test_a_damaged_file_is_named_and_not_loaded"),
+    # ---- tasks one after the other ----
+    Mutant("experiments/tasks.py", "best = R[..., :-1, :-1].amax(-2)",
+           "best = R[..., :-1].amax(-2)", "a task's best includes the end",
+           "test_continual.py::test_what_a_matrix_says"),
+    Mutant("experiments/tasks.py", "outer(delta**2, r**2, 1 / len(x))",
+           "outer(delta, r, 1 / len(x))", "the mean gradient in the place of the mean square",
+           "test_continual.py::test_importance_is_the_mean_square_of_the_samples_gradients"),
+    Mutant("experiments/tasks.py", '(state[f"n{l}"] / W.norm()) ** 2', 'state[f"n{l}"] / W.norm()',
+           "the control shrinks too little",
+           "test_continual.py::test_the_control_is_backprop_at_first_and_shrinks_by_one_number"),
+    Mutant("experiments/continual.py", "            value.copy_(self.params[name])\n",
+           "            pass\n", "what a head has learnt is lost",
+           "test_continual.py::test_a_task_leaves_the_heads_of_the_others_alone"),
+    Mutant("experiments/continual.py", '"rows": self.rows, ', '"rows": [], ',
+           "a checkpoint forgets the matrix",
+           "test_continual.py::test_a_record_interrupted_at_any_task_ends_with_the_same_bits"),
 ]  # fmt: skip
 
 

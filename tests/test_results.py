@@ -300,7 +300,15 @@ def test_malformed_seeds_are_refused(seeds, capsys):
 
 
 @pytest.mark.parametrize(
-    "experiment", ["mnist-fc", "ekdaa-fc-fashion-mnist", "ekdaa-narrow-fashion-mnist"]
+    "experiment",
+    [
+        "mnist-fc",
+        "ekdaa-fc-fashion-mnist",
+        "ekdaa-narrow-fashion-mnist",
+        "attention-mnist",
+        "attention-fashion-mnist",
+        "attention-cifar10",
+    ],
 )
 def test_tuned_rates_are_the_best_of_the_recorded_grid(experiment):
     grid = json.loads(results.path(f"tuning-{experiment}").read_text())["grid"]

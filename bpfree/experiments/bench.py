@@ -21,7 +21,7 @@ from . import results
 from .local import heads
 from .timing import NETWORKS, SGD, compare, plain
 
-RULES = {n: getattr(rules, n) for n in LOOKS if n not in ("Frozen", "Shuffled", "Stages")}
+RULES = {n: getattr(rules, n) for n in LOOKS if hasattr(rules, n) and n != "Frozen"}
 DEPTHS, WIDTH, DEPTH_BATCH = (4, 16, 64), 256, 64
 STEPS = 10  # an epoch's, where epochs are timed
 
