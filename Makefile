@@ -19,7 +19,8 @@ book: env
 	@echo
 	@echo "The book is built. Open file://$(CURDIR)/_build/html/index.html"
 
-test: lint test-units test-mutants test-pages test-book test-arithmetic test-threads
+# each page runs twice: alone with two threads, and in another arithmetic
+test: lint test-units test-mutants test-threads test-book test-arithmetic
 
 test-units: env
 	$(UNITS) -n 2
@@ -32,7 +33,7 @@ test-pages: env
 
 test-book: env
 	$(BIN)/jupyter-book build . --all --quiet -W -n --keep-going
-	$(BIN)/pytest tests/test_book.py tests/test_browser.py -p no:nbval -rs
+	$(BIN)/pytest tests/test_book.py tests/test_browser.py -p no:nbval -rs -n 2
 
 # What may not depend on the machine: every page, and the tests that compare numbers, on fewer
 # examples. A compiler of PyTorch's looks at the real processor, so it is left out. With two threads

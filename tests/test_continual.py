@@ -161,6 +161,8 @@ def test_the_control_is_backprop_at_first_and_shrinks_by_one_number():
         assert_close(a[1], b[1])
     grown = {**params, "2.linear.weight": 2 * params["2.linear.weight"]}
     assert_close(rule.feedback(3, grown, rule.state()), params["2.linear.weight"] / 2)
+    slow = Shrunk(rule.net, power=0.0, factor=0.25)
+    assert_close(slow.feedback(3, grown, slow.state()), params["2.linear.weight"] / 2)
 
 
 def test_frozen_hidden_blocks_stay(digits):

@@ -175,6 +175,11 @@ ARMS: dict[str, tuple[str, dict]] = {
     "fa": ("FeedbackAlignment", {}),
     "dfa": ("DirectFeedbackAlignment", {}),
 }
+# is it enough that hidden blocks are slower from the start?
+SLOWER = {
+    "half": ("Shrunk", {"power": 0.0, "factor": 0.5}),
+    "quarter": ("Shrunk", {"power": 0.0, "factor": 0.25}),
+}
 
 
 def benchmarks() -> Iterator[ContinualRecipe]:
@@ -182,7 +187,7 @@ def benchmarks() -> Iterator[ContinualRecipe]:
     Plain SGD, one pass over each task, batches of 64."""
     five = [*ARMS][:5]
     cells = {  # data, scenario, tasks, sizes, arms
-        "permuted-mnist": ("mnist", "permuted", 10, (784, 256, 256, 10), ARMS),
+        "permuted-mnist": ("mnist", "permuted", 10, (784, 256, 256, 10), ARMS | SLOWER),
         "split-mnist": ("mnist", "domain", 5, (784, 256, 256, 2), ARMS),
         "split-fashion-mnist": ("fashion-mnist", "domain", 5, (784, 256, 256, 2), ARMS),
         "split-cifar10": ("cifar10", "domain", 5, (3072, 256, 256, 2), ARMS),
@@ -191,7 +196,7 @@ def benchmarks() -> Iterator[ContinualRecipe]:
     }
     for name, (data, scenario, count, sizes, arms) in cells.items():
         for arm in arms:
-            rule, options = ARMS[arm]
+            rule, options = (ARMS | SLOWER)[arm]
             if arm == "ewc":  # strengths from figures/tuning.py
                 strength = 100.0 if scenario == "permuted" else 1000.0
                 options = {"strength": strength, "head": scenario != "task"}

@@ -11,11 +11,13 @@ import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from ..style import label
 from ..training.checkpoint import write_atomic
 from . import recipes
+from .tasks import measures
 
 FORMAT = "bpfree-result/1"
 ROOT = Path(__file__).resolve().parents[2]
@@ -88,6 +90,20 @@ def final(result: dict) -> list[float]:
     """Test accuracy (%) of each seed after its last epoch, never the best one; not of diverged."""
     runs = result["runs"].values()
     return [run["test_accuracy"][-1] for run in runs if run["diverged"] is None]
+
+
+def frontier(
+    name: str, folder: str | os.PathLike | None = None
+) -> tuple[list[float], dict[str, torch.Tensor]]:
+    """The rates of a recorded sequence of tasks, rising, and its ``measures`` (seeds, rates) in %;
+    NaN where a rate diverged."""
+    result = read(name, folder)
+    recipe = result["recipe"]
+    rates = [*recipe["rates"], recipe["lr"]]
+    order = sorted(range(len(rates)), key=rates.__getitem__)
+    # null, of what diverged, becomes NaN
+    R = torch.from_numpy(np.array([r["matrix"] for r in result["runs"].values()], float))
+    return [rates[i] for i in order], measures(R[:, order])
 
 
 def spread(values: Sequence[float], digits: int = 2) -> str:

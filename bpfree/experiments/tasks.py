@@ -73,17 +73,23 @@ def measures(R: Tensor) -> dict[str, Tensor]:
 
 
 class Shrunk(rules.Backprop):
-    """The control: backprop whose feedback is W_l times (its norm at the start / now)^2, one number
-    per block, so that the signal shrinks as the weights grow. Shares of attention do that too."""
+    """The control: backprop whose feedback is W_l times one number per block,
 
-    def __init__(self, net, generator=None):
+        factor * (norm of W_l at the start / norm of W_l now)^power
+
+    so that the signal shrinks as the weights grow, as it does with shares of attention; with power
+    0 hidden blocks are slower from the start.
+    """
+
+    def __init__(self, net, power=2.0, factor=1.0, generator=None):
         super().__init__(net, generator)
+        self.power, self.factor = power, factor
         for l, W in enumerate(net.weights()[1:], 2):
             self.register_buffer(f"n{l}", W.detach().norm())
 
     def feedback(self, l, params, state):
         W = super().feedback(l, params, state)
-        return W * (state[f"n{l}"] / W.norm()) ** 2
+        return W * (self.factor * (state[f"n{l}"] / W.norm()) ** self.power)
 
 
 class EWC(rules.Backprop):
