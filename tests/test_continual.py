@@ -219,8 +219,9 @@ def test_a_record_interrupted_at_any_task_ends_with_the_same_bits(tmp_path, digi
     )
 
 
-def test_a_rate_that_diverges_is_recorded_and_does_not_stop_the_others(digits):
-    run = dataclasses.replace(SMALL, rates=(1e9,)).fit(digits, [0])
+@pytest.mark.parametrize("rule", ["Backprop", "EWC"])
+def test_a_rate_that_diverges_is_recorded_and_does_not_stop_the_others(digits, rule):
+    run = dataclasses.replace(SMALL, rates=(1e20,), rule=rule).fit(digits, [0])
     lost, kept = run.matrix[0]
     assert lost[0].isfinite().all()
     assert lost[-1].isnan().all()

@@ -59,7 +59,7 @@ class TaskSequence(Lockstep):
             self.row()
         self.turn(len(self.rows) - 1)
         found = super().train(rate, pause)
-        if isinstance(rule := self.rules[0], EWC):
+        if isinstance(rule := self.rules[0], EWC) and self.finite().all():
             x = self.data.inputs(self.data.train_x[:2000], self.dtype)
             rule.consolidate(self.params, self.state, x, self.generators[0])
         return found
