@@ -94,6 +94,12 @@ class ContinualRecipe(Recipe):
     rates: tuple[float, ...] = ()  # all but lr
     scenario: str = "permuted"
     count: int = 2  # tasks
+    images: int | None = None  # of the training set, from the first; None: all
+
+    def load(self, root: str | os.PathLike | None = None) -> Data:
+        data = super().load(root)
+        few = {k: getattr(data, k)[: self.images] for k in ("train_x", "train_y")}
+        return dataclasses.replace(data, **few)
 
     def make(self, generator: torch.Generator) -> Rule:
         if self.rule not in ("EWC", "Shrunk"):
@@ -184,10 +190,11 @@ SLOWER = {
 
 def benchmarks() -> Iterator[ContinualRecipe]:
     """Chapter 6: forgetting against learning, over a sweep of rates that is the same for all arms.
-    Plain SGD, one pass over each task, batches of 64."""
+    Plain SGD, one pass over each task, batches of 64. "Short": half as many tasks, and images."""
     five = [*ARMS][:5]
     cells = {  # data, scenario, tasks, sizes, arms
         "permuted-mnist": ("mnist", "permuted", 10, (784, 256, 256, 10), ARMS | SLOWER),
+        "permuted-mnist-short": ("mnist", "permuted", 5, (784, 256, 256, 10), ARMS | SLOWER),
         "split-mnist": ("mnist", "domain", 5, (784, 256, 256, 2), ARMS),
         "split-fashion-mnist": ("fashion-mnist", "domain", 5, (784, 256, 256, 2), ARMS),
         "split-cifar10": ("cifar10", "domain", 5, (3072, 256, 256, 2), ARMS),
@@ -205,4 +212,5 @@ def benchmarks() -> Iterator[ContinualRecipe]:
                 epochs=count * (len(RATES) + 1), lr=0.1, momentum=0.0, seeds=(0, 1, 2, 3, 4),
                 source="arXiv 2310.09952" if rule == "NextLayerAttention" else "this book",
                 rates=RATES, scenario=scenario, count=count,
+                images=30_000 if name.endswith("short") else None,
             )  # fmt: skip
