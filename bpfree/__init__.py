@@ -1,6 +1,7 @@
 """bpfree: learning without backpropagation, the library of the book."""
 
 from . import rules, style
+from .audit import audit
 from .block import Block
 from .convert import convert
 from .data import load
@@ -15,6 +16,6 @@ from .training.fit import fit
 __version__ = "0.1.0"
 
 __all__ = [
-    "Block", "Network", "Rule", "Stage", "Stages", "Update", "alignment", "convert", "convnet",
-    "fit", "load", "mlp", "recipes", "results", "split", "style",
+    "Block", "Network", "Rule", "Stage", "Stages", "Update", "alignment", "audit", "convert",
+    "convnet", "fit", "load", "mlp", "recipes", "results", "split", "style",
 ] + rules.__all__  # fmt: skip

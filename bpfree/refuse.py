@@ -112,3 +112,43 @@ def warn_of_what_rests(rule: Any, learning: dict[str, Tensor]) -> None:
             "optimiser steps the weights alone: give it [*net.parameters(), "
             "*rule.parameters()]", stacklevel=3,
         )  # fmt: skip
+
+
+@torch.no_grad()
+def check_pure(rule: Any, x: Tensor, y: Tensor) -> None:
+    """Raise unless the rule's update reads only what it is given, and writes none of it.
+
+    Anything else would be silently wrong: vectorised seeds share the first rule's own tensors, and
+    the audit changes what it gives.
+    """
+    name, own = type(rule).__name__, {**rule.params(), **rule.state()}
+    kept = {key: t.clone() for key, t in own.items()}
+    params, state = ({k: kept[k].clone() for k in part} for part in (rule.params(), rule.state()))
+    given = {"x": x, **params, **state}
+    versions = {key: t._version for key, t in given.items()}
+    drawn = None if rule.generator is None else rule.generator.get_state()
+
+    def grads() -> dict[str, Tensor]:
+        found = rule.update(params, state, x, y, masks={}, keep_signals=False).grads
+        if drawn is not None:  # a rule that draws draws the same, and again in training
+            rule.generator.set_state(drawn)
+        return found
+
+    first = grads()
+    wrote = [key for key, t in given.items() if t._version != versions[key]]
+    if wrote:
+        raise ValueError(f"{name} must not write to what its update is given, wrote to {wrote}")
+    others = [k for k, t in own.items() if t.is_floating_point() and 0 not in t.stride()]
+    try:
+        for key in others:
+            own[key].mul_(-1e3).add_(1)  # large, so that what contributes little is seen too
+        second = grads()
+    finally:
+        for key in others:
+            own[key].copy_(kept[key])
+    for key in first:  # a card may add in another order; what is NaN in both is equal
+        u, v = (grads[key].nan_to_num() for grads in (first, second))
+        if (u - v).norm() > 1e-3 * u.norm():
+            raise ValueError(
+                f"{name} must read weights from params and feedback from state, not self"
+            )

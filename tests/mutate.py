@@ -290,6 +290,20 @@ MUTANTS = [
     Mutant("experiments/continual.py", '"rows": self.rows, ', '"rows": [], ',
            "a checkpoint forgets the matrix",
            "test_continual.py::test_a_record_interrupted_at_any_task_ends_with_the_same_bits"),
+    # ---- the locality audit ----
+    Mutant("audit.py", "[torch.linalg.matrix_rank(inputs) :]", "[:1]",
+           "a direction that activities meet",
+           "test_audit.py::test_every_rule_drops_the_demands_that_its_equations_drop"),
+    Mutant("audit.py", "rule.refresh(of, ", "rule.refresh(params, ", "a refresh that sees nothing",
+           "test_audit.py::test_a_cheat_is_caught_by_its_question"),
+    Mutant("audit.py", "_effect(a[1][0], b[1][0])", "_effect(a[1][1], b[1][1])",
+           "the sample whose own label changed",
+           "test_audit.py::test_every_rule_drops_the_demands_that_its_equations_drop"),
+    Mutant("audit.py", "error + random(error)", "error", "no intervention on the error",
+           "test_audit.py::test_every_rule_drops_the_demands_that_its_equations_drop"),
+    Mutant("audit.py", 'int(n.split(".")[0]) > l}', 'int(n.split(".")[0]) > l + 1}',
+           "the block above is left as it was",
+           "test_audit.py::test_every_rule_drops_the_demands_that_its_equations_drop"),
 ]  # fmt: skip
 
 

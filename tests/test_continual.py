@@ -235,3 +235,35 @@ def test_a_rate_that_diverges_is_recorded_and_does_not_stop_the_others(digits, r
 def test_a_rate_has_its_result_whatever_the_others_are(digits):
     both, alone = SMALL.fit(digits, [0]), dataclasses.replace(SMALL, rates=()).fit(digits, [0])
     assert torch.equal(both.matrix[0, -1], alone.matrix[0, -1])
+
+
+def test_a_table_says_at_which_rate_a_sequence_ended(tmp_path):
+    name = "continual-split-mnist-bp"
+    (row,) = [r for r in results.table([name]).splitlines() if r.startswith("| BP")]
+    assert "| 5 tasks, at the rate 0.1 |" in row
+    R = results.frontier(name)[1]["final"][:, 1]
+    assert results.spread(R.tolist()) in row
+
+
+def test_gain_is_over_the_best_of_the_rates_that_learn_as_much(tmp_path, digits):
+    """Two tasks; final and learning accuracy of each rate are set by hand."""
+    two = dataclasses.replace(SMALL, count=2, epochs=6, rates=(0.3, 0.5))
+
+    def write(name, points):
+        def matrix(final, learning):
+            return [[0, 0], [2 * learning - final, 0], [final, final]]
+
+        recipe = dataclasses.replace(two, name=name)
+        run = dict.fromkeys(results.KEYS, 0) | {"test_accuracy": [0.0] * 6, "diverged": None}
+        content = {"format": results.FORMAT, "recipe": dataclasses.asdict(recipe), "runs": {}}
+        content["runs"]["0"] = {**run, "matrix": [matrix(*p) for p in points]}
+        results.write_json(results.path(name, tmp_path), content)
+
+    # in the order of the record: rates 0.3, 0.5, 0.1
+    write("one", [(70, 90), (60, 96), (75, 80)])
+    write("other", [(65, 91), (50, 95), (80, 79)])
+    rates, found = results.gain("one", "other", tmp_path)
+    assert rates == [0.1, 0.3, 0.5]
+    # at 0.1 it learns 80: the other, of those that learn as much, ends at 65; nobody learns 96
+    assert found[0, :2].tolist() == [75 - 65, 70 - 65]
+    assert found[0, 2].isnan()

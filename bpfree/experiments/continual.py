@@ -96,6 +96,10 @@ class ContinualRecipe(Recipe):
     count: int = 2  # tasks
     images: int | None = None  # of the training set, from the first; None: all
 
+    @property
+    def length(self) -> str:
+        return f"{self.count} tasks, at the rate {self.lr}"
+
     def load(self, root: str | os.PathLike | None = None) -> Data:
         data = super().load(root)
         few = {k: getattr(data, k)[: self.images] for k in ("train_x", "train_y")}

@@ -41,6 +41,11 @@ class Recipe:
     source: str = "this book"  # paper and table cell, or this book
     paper: str | None = None  # the paper's test accuracy in %, as printed there; None: not verified
 
+    @property
+    def length(self) -> str:
+        """How long it trains, as tables say it."""
+        return str(self.epochs)
+
     def make(self, generator: torch.Generator) -> Rule:
         """A fresh network and its rule; ``Shuffled`` before a rule's name shuffles its signals."""
         kind, args, keywords = self.network

@@ -106,6 +106,21 @@ def frontier(
     return [rates[i] for i in order], measures(R[:, order])
 
 
+def gain(
+    name: str, against: str, folder: str | os.PathLike | None = None
+) -> tuple[list[float], torch.Tensor]:
+    """By how much one sequence ends above another at equal learning accuracy, in points.
+
+    For each rate of the first, (seeds, rates): its final accuracy less the best that the other has
+    at a rate at which it learns at least as much; NaN where there is none. Seeds of both.
+    """
+    (rates, one), (_, other) = frontier(name, folder), frontier(against, folder)
+    n = min(len(one["final"]), len(other["final"]))
+    enough = other["learning"][:n, None] >= one["learning"][:n, :, None]
+    best = other["final"][:n, None].where(enough, -torch.inf).amax(2)
+    return rates, one["final"][:n] - best.where(best.isfinite(), torch.nan)
+
+
 def spread(values: Sequence[float], digits: int = 2) -> str:
     """'mean ± sd' with the sample standard deviation; the mean alone for one value."""
     if not values:
@@ -133,7 +148,7 @@ def table(names: Sequence[str], folder: str | os.PathLike | None = None) -> str:
         paper = "none" if recipe.source == "this book" else recipe.paper or "not verified"
         options = "".join(f", {k} {v}" for k, v in recipe.options.items()).replace("_", " ")
         head = (
-            f"| {label(recipe.rule)}{options} | {recipe.data} | {shape} | {recipe.epochs} | {paper}"
+            f"| {label(recipe.rule)}{options} | {recipe.data} | {shape} | {recipe.length} | {paper}"
         )
         if not path(name, folder).exists():
             missing.append(name)

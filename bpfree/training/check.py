@@ -6,11 +6,8 @@ import numbers
 import operator
 from collections.abc import Sequence
 
-import torch
-
-from ..block import Tensors
 from ..data import Data
-from ..refuse import check_batch, one_of
+from ..refuse import check_batch, check_pure, one_of
 from ..rule import Rule
 from .device import PRECISIONS, precision
 
@@ -57,43 +54,8 @@ def check_rule(rule: Rule, data: Data, rules: list[Rule]) -> None:
         raise ValueError("make must build a new network for each seed, got the same one twice")
 
 
-@torch.no_grad()
 def check_update(rule: Rule, data: Data, batch_size: int) -> None:
-    """Raise unless the rule's update reads only what it is given, and writes none of it.
-
-    Anything else would be silently wrong: vectorised seeds share the first rule's own tensors.
-    """
-    name, own = type(rule).__name__, {**rule.params(), **rule.state()}
-    kept = {key: t.clone() for key, t in own.items()}
-    params, state = ({k: kept[k].clone() for k in part} for part in (rule.params(), rule.state()))
+    """``check_pure`` on the first batch."""
     x = data.inputs(data.train_x[:batch_size], rule.net.weights()[0].dtype)
-    given = {"x": x, **params, **state}
-    versions = {key: t._version for key, t in given.items()}
-    drawn = None if rule.generator is None else rule.generator.get_state()
-
-    def grads() -> Tensors:
-        y = data.train_y[:batch_size]
-        with precision("float32", x.device):  # deterministic convolutions
-            found = rule.update(params, state, x, y, masks={}, keep_signals=False).grads
-        if drawn is not None:  # a rule that draws draws the same, and again in training
-            rule.generator.set_state(drawn)
-        return found
-
-    first = grads()
-    wrote = [key for key, t in given.items() if t._version != versions[key]]
-    if wrote:
-        raise ValueError(f"{name} must not write to what its update is given, wrote to {wrote}")
-    others = [k for k, t in own.items() if t.is_floating_point() and 0 not in t.stride()]
-    try:
-        for key in others:
-            own[key].mul_(-1e3).add_(1)  # large, so that what contributes little is seen too
-        second = grads()
-    finally:
-        for key in others:
-            own[key].copy_(kept[key])
-    for key in first:  # a card may add in another order; what is NaN in both is equal
-        u, v = (grads[key].nan_to_num() for grads in (first, second))
-        if (u - v).norm() > 1e-3 * u.norm():
-            raise ValueError(
-                f"{name} must read weights from params and feedback from state, not self"
-            )
+    with precision("float32", x.device):  # deterministic convolutions
+        check_pure(rule, x, data.train_y[:batch_size])

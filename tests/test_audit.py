@@ -1,0 +1,240 @@
+"""The locality audit: what it finds of every rule, and the cheats that it must catch."""
+
+from functools import partial
+
+import matplotlib as mpl
+import matplotlib.pyplot as plt
+import pytest
+import torch
+import torch.nn.functional as F
+
+import bpfree
+from bpfree import DRTP, PEPITA, FeedbackAlignment, LeaderFollower, NextLayerAttention, audit
+from bpfree.audit import QUESTIONS, Audit
+
+mpl.use("agg")
+f64 = torch.float64
+
+
+def dense():
+    g = torch.Generator().manual_seed(0)
+    net = bpfree.mlp(12, 14, 13, 12, 4, activation="tanh", bias=True, generator=g).double()
+    return net, torch.randn(4, 12, generator=g, dtype=f64), torch.tensor([0, 1, 2, 3]), g
+
+
+def conv():
+    g = torch.Generator().manual_seed(0)
+    options = dict(num_classes=3, pool=2, activation="tanh", generator=g)
+    net = bpfree.convnet((2, 6, 6), (6, 6), (14,), **options).double()
+    return net, torch.randn(2, 2, 6, 6, generator=g, dtype=f64), torch.tensor([0, 2]), g
+
+
+# rule -> the demands of backprop that it drops: transposed weights, a backward phase, stored
+# activities and a frozen network, a global error
+EXPECTED = {
+    "bp": (bpfree.Backprop, (0, 0, 0, 0)),
+    "fa": (FeedbackAlignment, (1, 0, 0, 0)),
+    "sign": (bpfree.SignSymmetry, (0, 0, 0, 0)),
+    "kp": (bpfree.KolenPollack, (1, 0, 0, 0)),
+    "dfa": (bpfree.DirectFeedbackAlignment, (1, 1, 0, 0)),
+    "drtp": (DRTP, (1, 1, 1, 1)),
+    "pepita": (PEPITA, (1, 1, 0, 0)),
+    "ekdaa": (bpfree.EKDAA, (1, 0, 0, 0)),
+    "lfnn-l": (partial(LeaderFollower, workers=4), (1, 1, 1, 1)),
+    "lfnn": (partial(LeaderFollower, workers=4, local=False), (0, 0, 0, 0)),
+    "attention": (partial(NextLayerAttention, p=1.5), (0, 0, 0, 0)),
+    "relative": (partial(NextLayerAttention, relative=True), (0, 0, 0, 0)),
+    "frozen": (bpfree.Frozen, (1, 1, 1, 1)),
+}
+
+
+@pytest.mark.parametrize("problem", [dense, conv])
+@pytest.mark.parametrize("name", EXPECTED)
+def test_every_rule_drops_the_demands_that_its_equations_drop(name, problem):
+    net, x, y, g = problem()
+    make, drops = EXPECTED[name]
+    found = audit(make(net, generator=g).double(), x, y)
+    assert tuple(found.drops().values()) == tuple(map(bool, drops))
+    assert list(found) == list(QUESTIONS)
+    hidden = {q: found.depends(q)[:-1] for q in QUESTIONS}
+    assert hidden["label"] == [name != "frozen"] * (len(net) - 1)
+    assert not any(hidden["others"])
+    assert not any(hidden["graph"])
+    if name in ("bp", "sign", "attention"):  # every block reads, whatever is above it
+        assert all(hidden["transport"])
+        assert all(hidden["locking"])
+        assert all(hidden["sweep"][:-1])
+    assert found.depends("label")[-1]
+    assert not found.depends("transport")[-1]
+
+
+def test_cost_counts_passes_and_arithmetic():
+    net, x, y, g = dense()
+    cost = {n: audit(EXPECTED[n][0](net, generator=g).double(), x, y).cost for n in EXPECTED}
+    assert cost["bp"]["passes"] == 1
+    assert cost["pepita"]["passes"] == 2
+    macs = [12 * 14, 14 * 13, 13 * 12, 12 * 4]  # up, and all but the first down, and the updates
+    assert cost["bp"]["macs"] == pytest.approx((3 * sum(macs) - macs[0]) / sum(macs))
+    assert cost["frozen"]["macs"] < cost["dfa"]["macs"] < cost["bp"]["macs"]
+    assert cost["lfnn-l"]["memory"] > 0
+
+
+# ---- cheats --------------------------------------------------------------------------------------
+
+
+class ReadsAbove(PEPITA):
+    """PEPITA that secretly uses W_2."""
+
+    def signals(self, params, state, *rest):
+        pairs = [*super().signals(params, state, *rest)]
+        r, delta = pairs[0]
+        secret = pairs[1][1][: len(delta)] @ params["1.linear.weight"]
+        return [(r, delta + 1e-3 * F.pad(secret, (0, 0, 0, len(delta) - len(secret)))), *pairs[1:]]
+
+
+class Attached(LeaderFollower):
+    """LFNN-l whose losses were not detached: one graph through all blocks."""
+
+    def signals(self, params, state, trace, error, target):
+        trace, y = [*trace], target.argmax(1)
+        with torch.enable_grad():
+            h, loss, at = trace[0].r, 0.0, []
+            for l, block in enumerate(self.net, 1):
+                names = (f"{l - 1}.linear.{kind}" for kind in ("weight", "bias"))
+                r, a = block.pre(h, *(params[n] for n in names))
+                at.append(a if a.requires_grad else a.requires_grad_())
+                h = block.post(r, a).h
+                s = self.scores(h, params[f"rule.V{l}"]) if l < len(self.net) else h[:, None]
+                loss = loss + F.cross_entropy(s.flatten(0, 1), y.repeat_interleave(s.shape[1]))
+            deltas = torch.autograd.grad(loss, at)
+        heads = {n: torch.zeros_like(p) for n, p in params.items() if n.startswith("rule.")}
+        pairs = [(t.r, d) for t, d in zip(trace, deltas, strict=True)]
+        return [*pairs[:-1], (*pairs[-1], heads)]
+
+
+class Refreshed(FeedbackAlignment):
+    """FA whose B is copied from W before each epoch."""
+
+    def refresh(self, params, state, generator):
+        return {
+            f"B{l}": params[f"{l - 1}.linear.weight"].clone() for l in range(2, len(self.net) + 1)
+        }
+
+
+class Peeking(DRTP):
+    """DRTP that looks at the output."""
+
+    def signals(self, params, state, trace, error, target):
+        pairs = [*super().signals(params, state, trace, error, target)]
+        return [(r, d * trace[-1].h.sum()) for r, d in pairs[:-1]] + pairs[-1:]
+
+
+class OthersLabel(DRTP):
+    """A rule that reads the labels of another sample."""
+
+    def signals(self, params, state, trace, error, target):
+        return super().signals(params, state, trace, error, target.roll(1, 0))
+
+
+class OwnWeights(FeedbackAlignment):
+    """FA that reads the module's own weights, past ``params``."""
+
+    def feedback(self, l, params, state):
+        return self.net[l - 1].linear.weight.detach()
+
+
+CHEATS = {
+    ReadsAbove: "transport",
+    Attached: "graph",
+    Refreshed: "refresh",
+    Peeking: "output",
+    OthersLabel: "others",
+}
+
+
+@pytest.mark.parametrize("cheat", CHEATS)
+def test_a_cheat_is_caught_by_its_question(cheat):
+    net, x, y, g = dense()
+    options = {"workers": 3} if cheat is Attached else {}
+    honest, found = (audit(kind(net, generator=g, **options).double(), x, y)
+                     for kind in (cheat.__mro__[1], cheat))  # fmt: skip
+    question = CHEATS[cheat]
+    assert not any(honest.depends(question)[:-1])
+    assert any(found.depends(question)[:-1])
+    if cheat is Attached:
+        assert found.depends("locking") == [True, True, True, False]
+
+
+def test_weights_that_are_read_past_params_are_told():
+    net, x, y, g = dense()
+    with pytest.raises(ValueError, match="OwnWeights must read weights from params"):
+        audit(OwnWeights(net, generator=g).double(), x, y)
+
+
+# ---- a reader's own rule, and mistakes -----------------------------------------------------------
+
+
+def test_a_users_own_rule_is_audited_and_printed():
+    class Hebbian(bpfree.Rule):
+        def signals(self, params, state, trace, error, target):
+            return [(t.r, -t.h) for t in trace[:-1]] + [(trace[-1].r, error)]
+
+    net, x, y, _ = dense()
+    found = audit(Hebbian(net), x, y)
+    assert not any(found.depends("label")[:-1])
+    assert all(found.drops().values())
+    table = found.table().splitlines()
+    assert table[0].startswith("| Hebbian")
+    assert len(table) == 2 + len(QUESTIONS)
+    fig, ax = plt.subplots()
+    found.plot(ax)
+    fig.canvas.draw()
+    plt.close(fig)
+    assert isinstance(found, dict)
+    assert len(found["label"]) == len(net)
+
+
+def test_the_audit_leaves_everything_as_it_was_and_repeats():
+    net, x, y, g = dense()
+    rule = PEPITA(net, generator=g).double()
+    before = [t.clone() for t in (*rule.params().values(), *rule.state().values())]
+    drawn = g.get_state()
+    first, second = audit(rule, x, y), audit(rule, x, y)
+    assert first == second
+    assert torch.equal(drawn, g.get_state())
+    assert rule.generator is g
+    after = (*rule.params().values(), *rule.state().values())
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+
+
+def test_mirroring_reads_weights_between_epochs_and_not_in_a_step():
+    g = torch.Generator().manual_seed(0)
+    net = bpfree.mlp(12, 14, 13, 4, generator=g).double()
+    _, x, y, _ = dense()
+    found = audit(PEPITA(net, mirroring=20, generator=g).double(), x, y)
+    assert not any(found.depends("transport"))
+    assert all(found.depends("refresh")[:-1])
+
+
+def test_an_effect_too_small_to_say_is_not_called_one():
+    found = Audit("rule", {"label": [1e-10, 1.0]}, {})
+    with pytest.raises(ValueError, match="1.0e-10 is neither"):
+        found.depends("label")
+
+
+def test_what_cannot_be_audited_is_refused():
+    net, x, y, g = dense()
+
+    class Silent(bpfree.Rule):
+        pass
+
+    with pytest.raises(TypeError, match="Silent has no signals"):
+        audit(Silent(net), x, y)
+    with pytest.raises(TypeError, match="net.double"):
+        audit(FeedbackAlignment(bpfree.mlp(12, 8, 8, 4)), x.float(), y)
+    many = torch.randn(20, 12, generator=g, dtype=f64)
+    with pytest.raises(ValueError, match="block 2 meets 20 rows of 14 numbers.*fewer samples"):
+        audit(bpfree.Backprop(net), many, torch.arange(20) % 4)
+    shallow = bpfree.mlp(12, 8, 4).double()
+    with pytest.raises(ValueError, match="3 blocks and 2 samples, got 2 and 4"):
+        audit(bpfree.Backprop(shallow), x, y)
