@@ -8,49 +8,45 @@ export OMP_NUM_THREADS := 1
 
 # The numbers of another processor: no vector instructions but the oldest, another order of sums
 OTHER := ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 MKL_CBWR=COMPATIBLE
-THREADS := OMP_NUM_THREADS=2 OMP_WAIT_POLICY=passive
+TWO := OMP_NUM_THREADS=2 OMP_WAIT_POLICY=passive
 UNITS := $(BIN)/pytest tests --ignore=tests/test_book.py --ignore=tests/test_browser.py -p no:nbval -rs -n 2
-# a compiler of PyTorch's looks at the real processor; what is about processes compares no numbers
-ONCE := compiles or processes
 PAGES := $(BIN)/pytest --nbval chapters --ignore=chapters/text --dist loadfile -n 2
 
-.PHONY: book test test-units test-mutants test-pages test-book test-once test-threads test-arithmetic lab notebooks figures env lint clean
+.PHONY: book test test-units test-mutants test-pages test-book test-arithmetic test-threads lab notebooks figures env lint clean
 
 book: env
 	$(BIN)/jupyter-book build . --quiet
 	@echo
 	@echo "The book is built. Open file://$(CURDIR)/_build/html/index.html"
 
-# what compares numbers is run twice: with two threads, and in another arithmetic
-test: lint test-once test-mutants test-threads test-book test-arithmetic
+# Every page runs twice, and every test that compares numbers: with two threads, and with one in
+# another arithmetic. (test-units and test-pages, with one thread in this one, are for daily work.)
+test: lint test-threads test-mutants test-book test-arithmetic
 
 test-units: env
 	$(UNITS)
 
-test-once: env
-	$(UNITS) -m "$(ONCE)"
+test-pages: env
+	$(PAGES)
 
 test-mutants: env
 	$(BIN)/python tests/mutate.py
-
-test-pages: env
-	$(PAGES)
 
 test-book: env
 	$(BIN)/jupyter-book build . --all --quiet -W -n --keep-going
 	$(BIN)/pytest tests/test_book.py tests/test_browser.py -p no:nbval -rs -n 2
 
-# with two threads each page stands alone in a folder, as in Colab
+# each page alone in a folder, as in Colab
 test-threads: env
-	$(THREADS) $(UNITS) -m "not ($(ONCE))"
+	$(TWO) $(UNITS)
 	rm -rf _build/alone
 	for page in chapters/*/*.ipynb; do \
 	  folder=_build/alone/$$(basename $$page .ipynb); mkdir -p $$folder; cp $$page $$folder; done
-	$(THREADS) $(PAGES:chapters=_build/alone)
+	$(TWO) $(PAGES:chapters=_build/alone)
 
-# on fewer examples
+# a compiler of PyTorch's looks at the real processor, so what it compiles is left out
 test-arithmetic: env
-	$(OTHER) $(UNITS) -m "not ($(ONCE))" --hypothesis-profile=again
+	$(OTHER) $(UNITS) -m "not compiles and not processes" --hypothesis-profile=again
 	$(OTHER) $(PAGES)
 
 lint: env

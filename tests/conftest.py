@@ -27,6 +27,18 @@ def _seed():
     torch.manual_seed(0)
 
 
+@pytest.fixture(autouse=True)
+def _threads(request):
+    """Processes beside one another have a thread each, in a run with two threads as well."""
+    threads = torch.get_num_threads()
+    with pytest.MonkeyPatch.context() as patch:
+        if request.node.get_closest_marker("processes"):
+            patch.setenv("OMP_NUM_THREADS", "1")
+            torch.set_num_threads(1)
+        yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture
 def mlp() -> Problem:
     return mlp_problem()

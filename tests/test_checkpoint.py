@@ -24,6 +24,7 @@ from bpfree.experiments.released import ReleasedEKDAA
 from bpfree.training import checkpoint
 from bpfree.training import fit as train
 
+pytestmark = pytest.mark.processes
 SMALL = Recipe(
     name="small",
     data="digits",
@@ -84,7 +85,6 @@ def interrupt(monkeypatch, after):
     monkeypatch.setattr(train.Lockstep, "train", limited)
 
 
-@pytest.mark.processes
 def test_fifty_kills_at_random_moments_change_no_bit(folder, tmp_path_factory):
     run(tmp_path_factory.mktemp("warm"))  # imports and caches are not to be timed
     whole = tmp_path_factory.mktemp("whole")

@@ -167,6 +167,7 @@ def test_precision_is_what_was_asked_for_inside_and_what_it_was_outside(name):
     assert inside == ("high" if name == "tf32" else "highest", name == "tf32", True, name == "bf16")
 
 
+@pytest.mark.processes
 @pytest.mark.skipif(not hasattr(torch.backends, "fp32_precision"), reason="needs torch 2.9")
 @pytest.mark.parametrize("where", ["", ".cuda.matmul", ".cudnn.conv", ".mkldnn.matmul"])
 def test_a_precision_chosen_by_torchs_newer_settings_is_left_as_it_was(where):
@@ -244,6 +245,7 @@ def step_on_a_pretended_card(rule, count):
 @pretending
 @every_rule
 @pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.processes
 def test_every_step_keeps_to_its_device_and_asks_the_host_for_nothing(name, count):
     step_on_a_pretended_card(RULES[name], count)
 

@@ -13,6 +13,7 @@ from bpfree.experiments import cli
 from bpfree.experiments.recipe import Recipe
 from bpfree.experiments.record import record
 
+pytestmark = pytest.mark.processes
 SMALL = Recipe(
     name="small",
     data="digits",

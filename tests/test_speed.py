@@ -62,6 +62,7 @@ def test_every_arm_runs_and_the_library_comes_first(monkeypatch):
     assert len({**speed.steps(), **speed.pieces()}) == len(timed) == 12
 
 
+@pytest.mark.processes
 def test_another_process_makes_a_step_when_it_is_asked():
     with speed.process(speed.FC, keep=True) as step:
         step()

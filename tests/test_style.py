@@ -10,6 +10,7 @@ import pytest
 
 from bpfree import rules, style
 
+pytestmark = pytest.mark.processes
 matplotlib.use("agg")
 ROOT = Path(__file__).resolve().parent.parent
 NAMES = [name for name in rules.__all__ if name != "shuffled"]
