@@ -256,7 +256,7 @@ MUTANTS = [
     Mutant("training/fit.py", "values[0] <= LARGEST_LOSS", "values[0].isfinite()",
            "a loss of 10^20 is training",
            "test_fit.py::test_a_loss_out_of_every_sensible_range_has_diverged"),
-    Mutant("training/check.py", "own[key].mul_(-1e3).add_(1)", "pass",
+    Mutant("refuse.py", "own[key].mul_(-1e3).add_(1)", "pass",
            "a rule may read itself", "test_fit.py::"
            "test_a_rule_whose_update_is_not_pure_is_told_so_and_left_as_it_was"),
     # ---- several processes ----
