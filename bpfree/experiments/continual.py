@@ -87,8 +87,8 @@ class ContinualRun(Run):
 
 @dataclasses.dataclass(frozen=True)
 class ContinualRecipe(Recipe):
-    """A sequence of tasks at several rates, from one start. ``epochs`` counts the tasks of all;
-    ``lr`` comes last, and is what a table of single rates shows."""
+    """A sequence of tasks at several rates, from one start. ``epochs`` is tasks times rates; ``lr``
+    comes last, and is what a table of single rates shows."""
 
     together: ClassVar[bool] = False
     rates: tuple[float, ...] = ()  # all but lr
@@ -122,18 +122,21 @@ class ContinualRecipe(Recipe):
         ``probe`` is for rules on one task.
 
         Raises:
-            ValueError: as ``tasks`` and ``bpfree.fit`` do, for several seeds or ranks, and for a
-                task of fewer images than a batch.
+            ValueError: as ``tasks`` and ``bpfree.fit`` do, for several seeds or ranks, ``epochs``
+                that are not tasks times rates, and a task of fewer images than a batch.
         """
         if len(seeds) != 1 or ranks.size > 1:
             raise ValueError(f"{self.name} is trained seed by seed, by one process, "
                              f"got {len(seeds)} seeds and {ranks.size} ranks")  # fmt: skip
+        rates = (*self.rates, self.lr)
+        if self.epochs != self.count * len(rates):
+            raise ValueError(f"epochs must be {self.count} tasks times {len(rates)} rates, "
+                             f"got {self.epochs}")  # fmt: skip
         sequence = tasks(data.to(device), self.count, self.scenario, seeds[0])
         smallest = min(sequence, key=lambda task: len(task.train_x))
         check_settings(smallest, self.epochs, self.batch_size, seeds, 0, precision, 0, False)
         parts, matrices, made, spent = [], [], [], 0.0
         look = progress if isinstance(progress, dict) else {"disable": not progress}
-        rates = (*self.rates, self.lr)
         with tqdm(total=self.epochs, unit="task", **look) as bar:
             for rate in rates:
                 g = torch.Generator().manual_seed(seeds[0])
@@ -151,6 +154,7 @@ class ContinualRecipe(Recipe):
                     file = file.with_name(f"{file.name}.{rate}")
                 steps = [rate] * self.count
                 mark = checkpoints.fingerprint(run, [*seeds], steps, 0) if file else ""
+                mark += self.scenario  # two of them share their first task
                 curves, seconds = train_group(
                     run, [*seeds], steps, 0, file, mark, deadline, bar, save_every
                 )  # fmt: skip
@@ -194,7 +198,9 @@ SLOWER = {
 
 def benchmarks() -> Iterator[ContinualRecipe]:
     """Chapter 6: forgetting against learning, over a sweep of rates that is the same for all arms.
-    Plain SGD, one pass over each task, batches of 64. "Short": half as many tasks, and images."""
+    Plain SGD, one pass over each task, batches of 64. So that rates compare, feedback has the size
+    of the weights: p's is stretched to it, FA's and DFA's is drawn as large as He's; shares have
+    their own. "Short": half as many tasks, and images."""
     five = [*ARMS][:5]
     cells = {  # data, scenario, tasks, sizes, arms
         "permuted-mnist": ("mnist", "permuted", 10, (784, 256, 256, 10), ARMS | SLOWER),

@@ -25,12 +25,15 @@ def tasks(data: Data, n: int, scenario: str, seed: int = 0) -> list[Data]:
     labels; with ``"domain"`` and ``"task"`` a label is the place within its task, 0..C/n-1.
 
     Raises:
-        ValueError: for an unknown scenario, n < 2, or classes that n does not divide.
+        ValueError: for an unknown scenario, n < 2, classes that n does not divide, or a task of one
+            class whose label is its place: nothing is to be learnt there.
     """
     one_of("scenario", scenario, SCENARIOS)
     classes, g = data.num_classes, torch.Generator().manual_seed(seed)
     if n < 2 or (scenario != "permuted" and classes % n):
         raise ValueError(f"n must be at least 2 and divide the {classes} classes, got {n} tasks")
+    if scenario in ("domain", "task") and n == classes:
+        raise ValueError(f"a task needs two classes or more, got {n} tasks of {classes} classes")
     found = []
     for t in range(n):
         new: dict[str, Any] = {"name": f"{data.name}, task {t + 1} of {n}"}
@@ -52,17 +55,22 @@ def measures(R: Tensor) -> dict[str, Tensor]:
     """What a matrix of accuracies says.
 
     Args:
-        R: (..., T + 1, T), test accuracy of each task before training and after each task.
+        R: (..., T + 1, T), test accuracy of each task s = 1..T before training (row 0) and after
+            each task t.
 
     Returns:
-        ``final``, the mean of the last row; ``learning``, of each task when it was learnt;
-        ``backward`` and ``forward``, the transfer to earlier and to later tasks (Lopez-Paz &
-        Ranzato 2017), forward against the untrained network; and ``forgetting``, by how much a task
-        is below its best (Chaudhry et al. 2018), its own time included. Shape (...).
+        Means over tasks, shape (...); ACC, BWT and FWT are Lopez-Paz & Ranzato's (2017), forgetting
+        is Chaudhry et al.'s (2018):
+
+        ``final``       R_Ts, ACC
+        ``learning``    R_ss
+        ``backward``    R_Ts - R_ss, s < T: BWT
+        ``forward``     R_{s-1,s} - R_0s, s > 1: FWT, against the untrained network
+        ``forgetting``  max over 1 <= t < T of R_ts - R_Ts, s < T
     """
     now, last = R[..., 1:, :].diagonal(dim1=-2, dim2=-1), R[..., -1, :]
     ahead = R[..., :-1, :].diagonal(dim1=-2, dim2=-1)
-    best = R[..., :-1, :-1].amax(-2)
+    best = R[..., 1:-1, :-1].amax(-2)
     return {
         "final": last.mean(-1),
         "learning": now.mean(-1),
@@ -97,10 +105,12 @@ class EWC(rules.Backprop):
 
     To each gradient is added k (w - w*), where w* is the weight at the end of the last task and the
     stiffness k = min(strength * importance, cap) grows with the Fisher information of all tasks
-    before; eta k < 1 keeps a step from overshooting.
+    before. The penalty alone multiplies w - w* by 1 - eta k at each step: it overshoots for
+    eta k > 1 and grows for eta k > 2, so eta cap <= 1 is safe.
 
     Args:
-        strength: lambda >= 0. cap: > 0. head: whether the output block is held too.
+        strength: lambda >= 0. cap: > 0, for rates up to 1 / cap.
+        head: whether the output block is held too.
     """
 
     def __init__(self, net, strength=100.0, cap=2.0, head=True, generator=None):
