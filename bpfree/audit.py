@@ -4,29 +4,29 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from .block import Tensors
-from .measure import Met, peak_memory, rows, saved
-from .refuse import check_batch, check_pure
-from .rule import Rule, output_error
+from .measure import peak_memory
+from .probe import Met, OfModel, OfRule, unseen
+from .rule import Rule
 
 # question -> what is changed, everything else held
 QUESTIONS = {
     "transport": "weights above, in directions that no activity of the batch meets",
-    "refresh": "the same, where it refreshes its feedback between epochs",
-    "sweep": "what the blocks above keep for their derivative, on the way down",
     "locking": "all weights above, in directions of every kind",
-    "error": "the output error",
-    "output": "the output",
+    "output": "the output, and the error with it",
     "label": "the labels",
-    "others": "the label of another sample",
-    "graph": "nothing: 1 if autograd keeps weights of a block above",
+    "others": "the other samples: what is not a sum over samples",
+    "refresh": "weights above, where feedback is refreshed between epochs",
+    "graph": "nothing: 1 if a graph of autograd leads on from it to the block above",
+    "own": "its own activity, its derivative held",
+    "sweep": "what the blocks above keep for their derivative, on the way down",
 }
 READS, IGNORES = 1e-9, 1e-11  # relative changes; rounding is below the second, in float64
 
@@ -34,13 +34,15 @@ READS, IGNORES = 1e-9, 1e-11  # relative changes; rounding is below the second, 
 class Audit(dict):
     """{question: effect on each block's update, (L,)}: relative changes, 0 where there is none.
 
-    ``cost``: "passes", how many samples each block's weights met, over the batch size; "macs" and
-    "memory" of an update, over those of the forward pass.
+    ``blocks``: their names. ``cost``: "passes", what a weight met in an update; "macs" and
+    "memory", peak, of an update; all over those of the forward pass.
     """
 
-    def __init__(self, name: str, effects: dict[str, list[float]], cost: dict[str, float]):
+    def __init__(
+        self, name: str, blocks: list[str], effects: dict[str, list[float]], cost: dict[str, float]
+    ):
         super().__init__(effects)
-        self.name, self.cost = name, cost
+        self.name, self.blocks, self.cost = name, blocks, cost
 
     def depends(self, question: str) -> list[bool]:
         """Whether each block's update depends on it; ValueError for an effect too small to say."""
@@ -50,178 +52,182 @@ class Audit(dict):
         return [v > READS for v in effects]
 
     def drops(self) -> dict[str, bool]:
-        """Which of backprop's four demands (chapter 1) no hidden block makes."""
+        """Which of backprop's four demands (chapter 1) no hidden block makes, of those measured."""
         asked = {
-            "transposed weights": ["transport"], "a backward phase": ["sweep"],
-            "stored activities, a frozen network": ["locking"],
-            "a global error": ["error", "output"],
+            "transposed weights": ["transport"], "a backward phase": ["sweep", "graph"],
+            "stored activities, a frozen network": ["locking"], "a global error": ["output"],
         }  # fmt: skip
-        makes = {d: [v for q in qs for v in self.depends(q)[:-1]] for d, qs in asked.items()}
-        return {demand: not any(found) for demand, found in makes.items()}
+        return {demand: not any(v for q in questions for v in self.depends(q)[:-1])
+                for demand, questions in asked.items() if self.keys() >= {*questions}}  # fmt: skip
+
+    def taught(self) -> list[str]:
+        """By what the labels reach each block: "global error", "local error", "target", or ""."""
+        own = self.depends("own") if "own" in self else [True] * len(self.blocks)
+        heard = zip(self.depends("label"), self.depends("output"), own, strict=True)
+        return [
+            "" if not label else "global error" if out else "local error" if of_own else "target"
+            for label, out, of_own in heard
+        ]
 
     def table(self) -> str:
         """Markdown: a row per question, a column per block."""
-        blocks = range(1, len(self["label"]) + 1)
-        rows = [f"| {self.name}: depends on | {' | '.join(f'block {l}' for l in blocks)} |"]
-        rows.append("|---" * (len(blocks) + 1) + "|")
+        rows = [f"| {self.name}: depends on | {' | '.join(self.blocks)} |"]
+        rows.append("|---" * (len(self.blocks) + 1) + "|")
         for question, effects in self.items():
             cells = [f"{v:.2g}" if yes else "no"
                      for v, yes in zip(effects, self.depends(question), strict=True)]  # fmt: skip
             rows.append(f"| {QUESTIONS[question]} | {' | '.join(cells)} |")
         return "\n".join(rows)
 
+    __str__ = table
+
     def plot(self, ax: Any) -> None:
-        """Dark where a block depends on it; the size of the effect is written in."""
+        """Grey where a block depends on it; the size of the effect is written in."""
         ax.imshow([self.depends(q) for q in self], cmap="Greys", vmin=0, vmax=2, aspect="auto")
-        ax.set(xticks=range(len(self["label"])), yticks=range(len(self)), yticklabels=[*self])
-        ax.set_xticklabels([f"{l}" for l in range(1, len(self["label"]) + 1)])
-        ax.set_xlabel("block")
+        ax.set(xticks=range(len(self.blocks)), yticks=range(len(self)), yticklabels=[*self])
+        ax.set_xticklabels(self.blocks, rotation=0 if len(self.blocks) < 6 else 90)
         ax.grid(False)
         for i, effects in enumerate(self.values()):
             for l, v in enumerate(effects):
                 ax.text(l, i, f"{v:.1g}" if v > READS else "", ha="center", va="center", fontsize=8)
 
 
-def audit(rule: Rule, x: Tensor, y: Tensor, generator: torch.Generator | None = None) -> Audit:
+def audit(
+    rule: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    generator: torch.Generator | None = None,
+    backward: Callable[[Any, Tensor, Tensor], object] | None = None,
+) -> Audit:
     """What each block's update depends on, for one batch, without dropout.
 
-    Every answer is an intervention on the pure ``update`` or ``signals``: one thing is changed, all
-    else held, and the relative change of the block's weight gradient is the effect. For weight
-    transport W_m, m > l, is moved only in directions that are orthogonal to every input that it
-    meets, in all passes; that nothing on the way up changed is asserted.
+    Every answer is an intervention: one thing is changed, all else held, and the relative change of
+    the block's weight gradient is the effect. For weight transport each weight above is moved only
+    in directions N with N h = 0 for all that it meets (h W^T and convolutions), in all passes; that
+    nothing on the way up changed is asserted.
+
+    Of a rule "refresh", "graph", "own" and "sweep" are asked too; the last one needs two hidden
+    blocks, the upper one with a derivative that it must keep.
 
     Args:
-        rule: on a network of at least three blocks, in float64.
+        rule: a ``Rule``, your own too; or any model, converted by ``convert``, say, or ``Stages``.
+            Both in float64. Blocks are those of the network, a model's weights in the order in
+            which they are met, or stages. A model's own weights must do all that classifies.
         x, y: few samples, so that such directions are left: fewer than the units of each hidden
             block; for convolutions, patches of a batch count as samples.
         generator: of the interventions and of the rule's own draws; None starts at 0.
+        backward: how a model learns, (model, x, y) -> anything, it fills ``.grad``; None: by
+            cross-entropy. For stages, ``bpfree.training.stages.backward``.
 
     Raises:
         TypeError, ValueError: for a batch or a network that is not so, and a rule that reads past
             ``params`` and ``state``.
-        AssertionError: if a pass upwards changed, though none could.
+        AssertionError: if something on the way up changed, though nothing could.
     """
-    check_batch(rule, x, y)
-    net, L, name = rule.net, len(rule.net), type(rule).__name__
-    if type(rule).signals is Rule.signals:
-        raise TypeError(f"{name} has no signals: the audit reads and changes them")
-    if net.weights()[0].dtype != torch.float64:
-        raise TypeError(f"the audit needs float64 to tell an effect from rounding: net.double(), "
-                        f"rule.double(), x.double(); got {net.weights()[0].dtype}")  # fmt: skip
-    if L < 3 or len(x) < 2:
-        raise ValueError(f"the audit needs 3 blocks and 2 samples, got {L} and {len(x)}")
-    check_pure(rule, x, y)
+    model = rule.net if isinstance(rule, Rule) else rule
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"the audit takes a Rule or a model, got {type(rule).__name__}")
+    tensors = [x, *model.parameters(), *rule.parameters(), *rule.buffers()]
+    if others := {t.dtype for t in tensors if t.is_floating_point()} - {torch.float64}:
+        raise TypeError("the audit needs float64 to tell an effect from rounding: net.double(), "
+                        f"rule.double(), x.double(); got {', '.join(map(str, others))}"
+                        )  # fmt: skip
     g = generator or torch.Generator().manual_seed(0)
-    begin, own = g.get_state(), rule.generator
-    params = {n: p.detach().clone() for n, p in rule.params().items()}
-    state = {n: s.clone() for n, s in rule.state().items()}
-    weight = [f"{l}.linear.weight" for l in range(L)]
-
-    def drawn(f: Callable) -> Any:
-        """f with the same draws each time."""
-        g.set_state(begin)
-        rule.generator = g
-        try:
-            return f()
-        finally:
-            rule.generator = own
-
-    def step(params: Tensors, y: Tensor = y, of: Tensors = params) -> Any:
-        """An update, after a refresh that has seen the weights ``of``."""
-
-        def f() -> Any:
-            return rule.update(
-                params, {**state, **rule.refresh(of, {**state}, g)}, x, y, masks={}
-            )  # fmt: skip
-
-        return drawn(f)
-
-    @torch.no_grad()
-    def signals(change: Callable) -> list[Tensor]:
-        """Weight gradients from signals whose (trace, error) ``change`` may have changed."""
-        passes, more = rule.first_pass(params, {**state}, x, {})
-        trace = [*passes]
-        target = F.one_hot(y, net.num_classes).to(x.dtype)
-        trace, error = change(trace, output_error(trace[-1].h, target))
-        given = (iter(trace), error[:0]) if rule.forward_only else (trace, error)
-        found = drawn(lambda: [*rule.signals(params, more, *given, target)])
-        return [net[l].outer(s[1], s[0])["weight"] for l, s in enumerate(found)]
+    it = OfRule(rule, x, y, g) if isinstance(rule, Rule) else OfModel(rule, x, y, backward)
+    params, blocks, L = it.params, [*it.blocks.values()], len(it.blocks)
+    if L < 2 or len(x) < 2:
+        raise ValueError(f"the audit needs 2 blocks and 2 samples, got {L} and {len(x)}")
+    noise = torch.Generator().manual_seed(1 + g.initial_seed())
+    *_, last = names = [name for block in blocks for name in block]
+    y2 = (y + 1) % len(params[last])
 
     def random(like: Tensor) -> Tensor:
-        return torch.randn(like.shape, generator=noise, dtype=like.dtype)
+        return torch.randn(like.shape, generator=noise, dtype=like.dtype).to(like.device)
 
-    noise = torch.Generator().manual_seed(1 + g.initial_seed())
-    met = Met([params[n] for n in weight])
-    with met:
-        base = step(params)
-    grads = [base.grads[n] for n in weight]
-    none = signals(lambda trace, error: (trace, error))
+    def met(params: Tensors = params, *shift: Any) -> Met:
+        return Met({name: params[name] for name in names}, *shift)
+
+    def effects(after: Tensors) -> list[float]:
+        flat = ([torch.cat([grads[n].flatten() for n in block]) for block in blocks]
+                for grads in (base, after))  # fmt: skip
+        return [*map(_effect, *flat)]
+
+    up, seen = met(), met()
+    with up:
+        it.forward()
+    base = it.step(params, x, y, seen)
 
     transport, refresh = [0.0] * L, [0.0] * L
-    for m in range(1, L):
-        W, inputs = params[weight[m]], rows(net[m], met.inputs[m])
-        null = torch.linalg.svd(inputs)[2][torch.linalg.matrix_rank(inputs) :]
-        if not len(null):
-            raise ValueError(
-                f"block {m + 1} meets {len(inputs)} rows of {inputs.shape[1]} numbers, which leave "
-                "no direction unseen: take fewer samples, or a wider block"
-            )
-        N = (random(W.flatten(1)) @ null.T @ null).view_as(W)
-        moved = {**params, weight[m]: W + N * (W.norm() / N.norm())}
-        again = Met([moved[n] for n in weight])
-        with again:
-            after = step(moved)
-        for old, new in zip(sum(met.inputs, []), sum(again.inputs, []), strict=True):
+    for name, k in [(n, above) for above in range(1, L) for n in blocks[above]]:
+        where = name if isinstance(it, OfModel) else [*it.blocks][k]
+        N = unseen(where, torch.cat(seen.rows[name]), random(params[name]))
+        moved = {**params, name: params[name] + N * (params[name].norm().item() or 1.0)}
+        after = it.step(moved, x, y, again := met(moved))
+        for old, new in zip(seen.outputs, again.outputs, strict=True):
             torch.testing.assert_close(new, old, rtol=1e-9, atol=1e-9)
-        torch.testing.assert_close(after.logits, base.logits, rtol=1e-9, atol=1e-9)
-        for effects, found in ((transport, after), (refresh, step(params, of=moved))):
-            effects[:m] = map(
-                max, effects, map(_effect, grads[:m], (found.grads[n] for n in weight))
-            )
+        transport[:k] = map(max, transport, effects(after)[:k])
+        if isinstance(it, OfRule):
+            refresh[:k] = map(max, refresh, effects(it.step(params, x, y, of=moved))[:k])
 
-    def turned(l: int) -> Callable:
-        """The hidden blocks above l have kept something else for their derivative."""
+    locking = []
+    for k in range(L):
+        above = {name.rpartition(".")[0] for block in blocks[k + 1 :] for name in block}
+        other = {n: random(p) * (p.std(correction=0).item() or 1.0)
+                 for n, p in params.items() if n.rpartition(".")[0] in above}  # fmt: skip
+        locking.append(effects(it.step({**params, **other}, x, y))[k])
 
-        def change(trace, error):
-            return [t._replace(a=random(t.a), z=random(t.z)) if l < k < L - 1 else t
-                    for k, t in enumerate(trace)], error  # fmt: skip
+    shift = random(params[last].flatten(1)[:, 0]).reshape(-1, *[1] * (params[last].dim() - 2))
+    both, rest, one = (
+        it.step(params, torch.cat([a[:1], b[1:]]), torch.cat([c[:1], d[1:]]))
+        for (a, c), (b, d) in [
+            ((x.roll(1, 0), y2), (x.roll(1, 0), y2)), ((x, y), (x.roll(1, 0), y2)),
+            ((x.roll(1, 0), y2), (x, y)),
+        ]
+    )  # fmt: skip
+    found = {
+        "transport": transport, "locking": locking,
+        "output": effects(it.step(params, x, y, met(params, (last, shift)))),
+        "label": effects(it.step(params, x, y2)),
+        # of a sum over samples the mixed second difference is zero
+        "others": effects({n: 2 * base[n] + both[n] - rest[n] - one[n] for n in names}),
+    }  # fmt: skip
+    if isinstance(it, OfRule):
+        found |= {"refresh": refresh, **_asked_of_a_rule(it, met, random)}
 
-        return change
+    def macs(f: Callable) -> int:
+        with FlopCounterMode(display=False) as counter:
+            f()
+        return counter.get_total_flops()
 
-    def exchanged(l: int) -> Tensors:
-        """Another network above block l."""
-        above = {n: p for n, p in params.items() if n[0].isdigit() and int(n.split(".")[0]) > l}
-        return {**params, **{n: random(p) * p.std() for n, p in above.items()}}
+    def update() -> object:
+        return it.step(params, x, y)
 
-    sweep = [_effect(none[l], signals(turned(l))[l]) for l in range(L)]
-    locking = [_effect(grads[l], step(exchanged(l)).grads[weight[l]]) for l in range(L)]
-    wrong = signals(lambda trace, error: (trace, error + random(error)))
-    last = signals(lambda trace, error: (
-        [*trace[:-1], trace[-1]._replace(a=random(trace[-1].a), h=random(trace[-1].h))], error,
-    ))  # fmt: skip
-    relabelled, one = step(params, (y + 1) % net.num_classes), y.clone()
-    one[1:] = (one[1:] + 1) % net.num_classes
-    first, alone = (u.signals for u in (base, step(params, one)))
-    kept = saved(step, params, weight)
-    with FlopCounterMode(display=False) as all_, torch.no_grad():
-        step(params)
-    with FlopCounterMode(display=False) as up, torch.no_grad():
-        net.trace(params, x)
     cost = {
-        "passes": max(sum(map(len, inputs)) for inputs in met.inputs) / len(x),
-        "macs": all_.get_total_flops() / up.get_total_flops(),
-        "memory": peak_memory(
-            lambda: rule.update(params, state, x, y, masks={}, keep_signals=False)
-        )
-        / peak_memory(lambda: net.trace(params, x)),
+        "passes": max(sum(map(len, seen.rows[n])) / sum(map(len, up.rows[n])) for n in up.rows),
+        "macs": macs(update) / macs(it.forward),
+        "memory": peak_memory(update) / peak_memory(it.forward),
     }
-    return Audit(name, {
-        "transport": transport, "refresh": refresh, "sweep": sweep, "locking": locking,
-        "error": [*map(_effect, none, wrong)], "output": [*map(_effect, none, last)],
-        "label": [_effect(a, relabelled.grads[n]) for a, n in zip(grads, weight, strict=True)],
-        "others": [_effect(a[1][0], b[1][0]) for a, b in zip(first, alone, strict=True)],
-        "graph": [float(any(m > l for m in kept)) for l in range(L)],
-    }, cost)  # fmt: skip
+    return Audit(type(rule).__name__, [*it.blocks], found, cost)
+
+
+def _asked_of_a_rule(it: OfRule, met: Callable, random: Callable) -> dict[str, list[float]]:
+    """Effects of what is changed in the trace, and whether autograd was there."""
+    L, none = len(it.blocks), it.signals(lambda l, t: t)
+    leaves = {n: p.clone().requires_grad_() for n, p in it.params.items()}
+    it.step(leaves, it.x, it.y, seen := met(leaves))
+
+    def trace(change: Callable) -> list[float]:
+        changed = (it.signals(partial(change, k)) for k in range(L))
+        return [_effect(none[k], after[k]) for k, after in enumerate(changed)]
+
+    found = {
+        "graph": [float(f"{l}.linear.weight" in seen.crossed) for l in range(1, L + 1)],
+        "own": trace(lambda k, l, t: t._replace(h=random(t.h)) if l == k else t),
+    }
+    if any(block.activation != "identity" for block in [*it.rule.net][1:-1]):
+        found["sweep"] = trace(lambda k, l, t: t._replace(a=random(t.a), z=random(t.z))
+                               if k < l < L - 1 else t)  # fmt: skip
+    return found
 
 
 def _effect(before: Tensor, after: Tensor) -> float:

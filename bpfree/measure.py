@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.graph import saved_tensors_hooks
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -100,44 +97,3 @@ def peak_memory(f: Callable[[], object], without: Callable[[], list[Tensor]] = l
         live += 0 if number in left_out else size
         peak = max(peak, live)
     return peak
-
-
-class Met(TorchFunctionMode):
-    """Notes the inputs that each weight meets on the way up."""
-
-    def __init__(self, weights: list[Tensor]):
-        super().__init__()
-        self.number = {id(w): l for l, w in enumerate(weights)}
-        self.inputs: list[list[Tensor]] = [[] for _ in weights]
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        if func in (F.linear, F.conv2d) and id(args[1]) in self.number:
-            self.inputs[self.number[id(args[1])]].append(args[0].detach())
-        return func(*args, **(kwargs or {}))
-
-
-def rows(block: Any, inputs: list[Tensor]) -> Tensor:
-    """What a weight multiplies, a row each: samples, or for a convolution their patches."""
-    if not block.is_conv:
-        return torch.cat(inputs)
-    c = block.linear
-    if c.groups > 1:
-        raise ValueError("the audit does not know convolutions in groups")
-    how = dict(dilation=c.dilation, padding=c.padding, stride=c.stride)
-    return torch.cat([F.unfold(h, c.kernel_size, **how).mT.flatten(0, 1) for h in inputs])
-
-
-def saved(step: Callable[[Tensors], object], params: Tensors, weights: list[str]) -> set[int]:
-    """Numbers of the weights that autograd saves for a way back through them."""
-    leaves = {n: p.clone().requires_grad_() for n, p in params.items()}
-    number = {leaves[n].data_ptr(): m for m, n in enumerate(weights)}
-    found: set[int] = set()
-
-    def pack(t: Tensor) -> Tensor:
-        if (m := number.get(t.data_ptr())) is not None:
-            found.add(m)
-        return t
-
-    with saved_tensors_hooks(pack, lambda t: t):
-        step(leaves)
-    return found

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 import bpfree
 from bpfree import DRTP, PEPITA, FeedbackAlignment, LeaderFollower, NextLayerAttention, audit
 from bpfree.audit import QUESTIONS, Audit
+from bpfree.training import stages
 
 mpl.use("agg")
 f64 = torch.float64
@@ -66,6 +67,8 @@ def test_every_rule_drops_the_demands_that_its_equations_drop(name, problem):
         assert all(hidden["sweep"][:-1])
     assert found.depends("label")[-1]
     assert not found.depends("transport")[-1]
+    by = {"drtp": "target", "lfnn-l": "local error", "frozen": ""}.get(name, "global error")
+    assert found.taught() == [by] * (len(net) - 1) + ["global error"]
 
 
 def test_cost_counts_passes_and_arithmetic():
@@ -143,6 +146,20 @@ class OwnWeights(FeedbackAlignment):
         return self.net[l - 1].linear.weight.detach()
 
 
+class Differentiated(bpfree.Rule):
+    """A "local" rule that calls autograd for the whole network."""
+
+    def signals(self, params, state, trace, error, target):
+        with torch.enable_grad():
+            h, at = trace[0].r, []
+            for l, block in enumerate(self.net):
+                at.append(block.pre(h, params[f"{l}.linear.weight"])[1])
+                at[-1] = at[-1] if at[-1].requires_grad else at[-1].requires_grad_()
+                h = block.post(h, at[-1]).h
+            deltas = torch.autograd.grad(F.cross_entropy(h, target), at)
+        return [(t.r, len(h) * d) for t, d in zip(trace, deltas, strict=True)]
+
+
 CHEATS = {
     ReadsAbove: "transport",
     Attached: "graph",
@@ -190,6 +207,7 @@ def test_a_users_own_rule_is_audited_and_printed():
     found.plot(ax)
     fig.canvas.draw()
     plt.close(fig)
+    assert str(found) == found.table()
     assert isinstance(found, dict)
     assert len(found["label"]) == len(net)
 
@@ -216,8 +234,143 @@ def test_mirroring_reads_weights_between_epochs_and_not_in_a_step():
     assert all(found.depends("refresh")[:-1])
 
 
+def test_a_graph_through_the_network_is_a_backward_phase():
+    g = torch.Generator().manual_seed(0)
+    net = bpfree.mlp(12, 14, 13, 4, activation="tanh", generator=g).double()
+    _, x, y, _ = dense()
+    found = audit(Differentiated(net), x, y)
+    assert not any(found.depends("sweep"))  # it keeps a trace of its own
+    assert found["graph"] == [1, 1, 0]
+    assert not any(found.drops().values())
+
+
+def test_a_graph_within_a_block_is_none_between_blocks():
+    class Greedy(bpfree.Rule):
+        """Each block's activity is to be the class, by autograd in the block alone."""
+
+        def signals(self, params, state, trace, error, target):
+            for l, (block, t) in enumerate(zip(self.net, trace, strict=True)):
+                with torch.enable_grad():
+                    r = t.r.detach().clone().requires_grad_()  # as a module's input often is
+                    a = block.pre(r.view(t.r.shape), params[f"{l}.linear.weight"])[1]
+                    loss = F.cross_entropy(block.post(r, a).h, target.argmax(1), reduction="sum")
+                    delta = torch.autograd.grad(loss, a)[0]
+                yield t.r, delta
+
+    g = torch.Generator().manual_seed(0)
+    net = bpfree.mlp(12, 14, 13, 4, activation="tanh", generator=g).double()
+    _, x, y, _ = dense()
+    found = audit(Greedy(net), x, y)
+    assert not any(found["graph"])
+    assert all(found.drops().values())
+
+
+@pytest.mark.parametrize("product", [F.linear, lambda h, W: h @ W.T, lambda h, W: h @ W.clone().T])
+def test_a_second_pass_of_a_users_own_is_no_weight_transport(product):
+    class Twice(bpfree.Rule):
+        """PEPITA of zero feedback, by hand: the second pass is on twice the input."""
+
+        def signals(self, params, state, trace, error, target):
+            h, pairs = 2 * trace[0].r, []
+            for l, t in enumerate(trace):
+                r, a = h, product(h, params[f"{l}.linear.weight"])
+                h = a.tanh()
+                pairs.append((r, t.h - h))
+            return [*pairs[:-1], (trace[-1].r, error)]
+
+    g = torch.Generator().manual_seed(0)
+    net = bpfree.mlp(12, 14, 13, 4, activation="tanh", generator=g).double()
+    _, x, y, _ = dense()
+    found = audit(Twice(net), x, y)
+    assert not any(found.depends("transport"))
+    assert found.cost["passes"] == 2
+
+
+@pytest.mark.parametrize(
+    "sizes, activation", [((12, 14, 4), "relu"), ((12, 14, 13, 4), "identity")]
+)
+def test_a_sweep_is_asked_only_where_something_is_kept_for_it(sizes, activation):
+    g = torch.Generator().manual_seed(0)
+    net = bpfree.mlp(*sizes, activation=activation, generator=g).double()
+    _, x, y, _ = dense()
+    found = audit(bpfree.Backprop(net), x, y)
+    assert "sweep" not in found
+    assert found.drops() == dict.fromkeys(
+        ["transposed weights", "stored activities, a frozen network", "a global error"], False
+    )
+
+
+def test_weights_that_start_at_zero_are_moved_all_the_same():
+    net, x, y, g = dense()
+    torch.nn.init.zeros_(net[-1].linear.weight)
+    assert audit(bpfree.Backprop(net), x, y).depends("transport")[2]
+    assert not any(audit(FeedbackAlignment(net, generator=g), x, y).depends("transport"))
+
+
+# ---- any model -----------------------------------------------------------------------------------
+
+
+def sequential():
+    g = torch.Generator().manual_seed(0)
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(
+        torch.nn.Conv2d(2, 6, 3, padding=1, stride=2), torch.nn.Tanh(),
+        torch.nn.Conv2d(6, 12, 3, padding=1, stride=2, groups=2), torch.nn.Tanh(),
+        torch.nn.Flatten(), torch.nn.Linear(48, 14), torch.nn.Tanh(), torch.nn.Dropout(0.5),
+        torch.nn.Linear(14, 3),
+    ).double()  # fmt: skip
+    return model, torch.randn(3, 2, 8, 8, generator=g, dtype=f64), torch.tensor([0, 2, 1]), g
+
+
+def vit():
+    g = torch.Generator().manual_seed(0)
+    torch.manual_seed(0)
+    from torchvision.models import VisionTransformer
+
+    model = VisionTransformer(8, 4, 2, 2, 16, 24, num_classes=3).double()
+    torch.nn.init.normal_(model.heads[-1].weight)  # which starts at zero
+    return model, torch.randn(2, 3, 8, 8, generator=g, dtype=f64), torch.tensor([0, 2]), g
+
+
+@pytest.mark.parametrize("problem", [sequential, vit])
+@pytest.mark.parametrize("name, reads", [
+    ("none", True), ("feedback-alignment", False), ("kolen-pollack", False),
+    ("sign-symmetry", True), ("attention", True),
+])  # fmt: skip
+def test_a_model_reads_the_weights_above_unless_its_feedback_is_exchanged(name, reads, problem):
+    model, x, y, g = problem()
+    if name != "none":
+        bpfree.convert(model, name, generator=g)
+    before = {n: t.clone() for n, t in model.state_dict().items()}
+    found = audit(model, x, y)
+    hidden = {q: found.depends(q)[:-1] for q in found}
+    assert hidden["transport"] == [reads] * len(hidden["label"])
+    assert all(hidden["locking"])
+    assert all(hidden["output"])
+    assert not any(hidden["others"])
+    assert found.taught() == ["global error"] * len(found.blocks)
+    assert found.drops() == {
+        "transposed weights": not reads, "stored activities, a frozen network": False,
+        "a global error": False,
+    }  # fmt: skip
+    assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
+    assert all(p.grad is None for p in model.parameters())
+    assert model.training
+
+
+@pytest.mark.parametrize("local", [True, False])
+def test_stages_read_nothing_above_only_if_local(local):
+    model, x, y, g = sequential()
+    cut = bpfree.split(model, 3, generator=g).double()
+    found = audit(cut, x, y, backward=partial(stages.backward, local=local))
+    assert found.blocks == ["stage 1", "stage 2", "stage 3"]
+    for question in ("transport", "locking", "output"):
+        assert found.depends(question)[:-1] == [not local] * 2
+    assert found.drops() == dict.fromkeys(found.drops(), local)
+
+
 def test_an_effect_too_small_to_say_is_not_called_one():
-    found = Audit("rule", {"label": [1e-10, 1.0]}, {})
+    found = Audit("rule", ["1", "2"], {"label": [1e-10, 1.0]}, {})
     with pytest.raises(ValueError, match="1.0e-10 is neither"):
         found.depends("label")
 
@@ -235,6 +388,13 @@ def test_what_cannot_be_audited_is_refused():
     many = torch.randn(20, 12, generator=g, dtype=f64)
     with pytest.raises(ValueError, match="block 2 meets 20 rows of 14 numbers.*fewer samples"):
         audit(bpfree.Backprop(net), many, torch.arange(20) % 4)
-    shallow = bpfree.mlp(12, 8, 4).double()
-    with pytest.raises(ValueError, match="3 blocks and 2 samples, got 2 and 4"):
-        audit(bpfree.Backprop(shallow), x, y)
+    flat = bpfree.mlp(12, 4).double()
+    with pytest.raises(ValueError, match="2 blocks and 2 samples, got 1 and 4"):
+        audit(bpfree.Backprop(flat), x, y)
+    with pytest.raises(TypeError, match="takes a Rule or a model, got function"):
+        audit(lambda x: x, x, y)
+    model, images, labels, _ = sequential()
+    with pytest.raises(TypeError, match="net.double"):
+        audit(model.float(), images.float(), labels)
+    with pytest.raises(ValueError, match="2.weight meets 32 rows of 27 numbers.*smaller images"):
+        audit(model.double(), torch.randn(4, 2, 8, 8, dtype=f64), torch.arange(4) % 3)
