@@ -19,13 +19,13 @@ from .rule import Rule
 # question -> what is changed, everything else held
 QUESTIONS = {
     "transport": "weights above, in directions that no activity of the batch meets",
-    "locking": "all weights above, in directions of every kind",
+    "locking": "all that learns above, in directions of every kind",
     "output": "the output, and the error with it",
     "label": "the labels",
     "others": "the other samples: what is not a sum over samples",
     "refresh": "weights above, where feedback is refreshed between epochs",
     "graph": "nothing: 1 if a graph of autograd leads on from it to the block above",
-    "own": "its own activity, its derivative held",
+    "own": "its own activity h, its derivative held",
     "sweep": "what the blocks above keep for their derivative, on the way down",
 }
 READS, IGNORES = 1e-9, 1e-11  # relative changes; rounding is below the second, in float64
@@ -171,9 +171,8 @@ def audit(
 
     locking = []
     for k in range(L):
-        above = {name.rpartition(".")[0] for block in blocks[k + 1 :] for name in block}
         other = {n: random(p) * (p.std(correction=0).item() or 1.0)
-                 for n, p in params.items() if n.rpartition(".")[0] in above}  # fmt: skip
+                 for n, p in params.items() if it.block_of.get(n, -1) > k}  # fmt: skip
         locking.append(effects(it.step({**params, **other}, x, y))[k])
 
     shift = random(params[last].flatten(1)[:, 0]).reshape(-1, *[1] * (params[last].dim() - 2))
@@ -212,7 +211,7 @@ def audit(
 
 def _asked_of_a_rule(it: OfRule, met: Callable, random: Callable) -> dict[str, list[float]]:
     """Effects of what is changed in the trace, and whether autograd was there."""
-    L, none = len(it.blocks), it.signals(lambda l, t: t)
+    L, none = len(it.blocks), it.signals()
     leaves = {n: p.clone().requires_grad_() for n, p in it.params.items()}
     it.step(leaves, it.x, it.y, seen := met(leaves))
 

@@ -99,6 +99,9 @@ class OfRule:
         self.params = {n: p.detach().clone() for n, p in rule.params().items()}
         self.state = {n: s.clone() for n, s in rule.state().items()}
         self.blocks = {f"block {l}": [f"{l - 1}.linear.weight"] for l in range(1, L + 1)}
+        self.block_of = {n: int(n.split(".")[0]) for n, _ in rule.net.named_parameters()}
+        # what the rule learns from a block by itself, heads say, belongs to it
+        self.block_of |= {f: l for l, s in enumerate(self.told()) for f in dict(*s[2:])}
 
     def _drawn(self, f: Callable) -> Any:
         """f(), with the same draws each time."""
@@ -121,8 +124,8 @@ class OfRule:
         return self._drawn(update)
 
     @torch.no_grad()
-    def signals(self, change: Callable) -> list[Tensor]:
-        """Weight gradients of the signals that follow if ``change`` changed the trace."""
+    def told(self, change: Callable = lambda l, t: t) -> list:
+        """The rule's signals if ``change`` changed the trace of block l + 1."""
 
         def signals() -> list:
             passes, state = self.rule.first_pass(self.params, {**self.state}, self.x, {})
@@ -134,8 +137,12 @@ class OfRule:
                 trace, error = iter(trace), error[:0]
             return [*self.rule.signals(self.params, state, trace, error, target)]
 
-        found = self._drawn(signals)
-        return [b.outer(s[1], s[0])["weight"] for b, s in zip(self.rule.net, found, strict=True)]
+        return self._drawn(signals)
+
+    def signals(self, *change: Callable) -> list[Tensor]:
+        """Their weight gradients."""
+        told = zip(self.rule.net, self.told(*change), strict=True)
+        return [block.outer(delta, r)["weight"] for block, (r, delta, *_) in told]
 
     def forward(self) -> object:
         return self.rule.net.trace(self.params, self.x)
@@ -154,6 +161,8 @@ class OfModel:
         for name in met.rows:
             of = f"stage {int(name.split('.')[0]) + 1}" if isinstance(model, Stages) else name
             self.blocks.setdefault(of.removesuffix(".weight"), []).append(name)
+        module = {n.rpartition(".")[0]: l for l, b in enumerate(self.blocks.values()) for n in b}
+        self.block_of = {n: module.get(n.rpartition(".")[0], -1) for n in self.params}
 
     def step(self, params: Tensors, x: Tensor, y: Tensor, met: Any = None, of: Any = None) -> Any:
         """Gradients of a training step in evaluation mode."""

@@ -115,6 +115,14 @@ class Attached(LeaderFollower):
         return [*pairs[:-1], (*pairs[-1], heads)]
 
 
+class ReadsHead(LeaderFollower):
+    """LFNN-l that looks at the heads of the block above."""
+
+    def signals(self, params, *rest):
+        for l, (r, delta, *own) in enumerate(super().signals(params, *rest), 1):
+            yield r, delta * params.get(f"rule.V{l + 1}", torch.ones(1)).sum(), *own
+
+
 class Refreshed(FeedbackAlignment):
     """FA whose B is copied from W before each epoch."""
 
@@ -163,6 +171,7 @@ class Differentiated(bpfree.Rule):
 CHEATS = {
     ReadsAbove: "transport",
     Attached: "graph",
+    ReadsHead: "locking",
     Refreshed: "refresh",
     Peeking: "output",
     OthersLabel: "others",
@@ -172,7 +181,7 @@ CHEATS = {
 @pytest.mark.parametrize("cheat", CHEATS)
 def test_a_cheat_is_caught_by_its_question(cheat):
     net, x, y, g = dense()
-    options = {"workers": 3} if cheat is Attached else {}
+    options = {"workers": 3} if issubclass(cheat, LeaderFollower) else {}
     honest, found = (audit(kind(net, generator=g, **options).double(), x, y)
                      for kind in (cheat.__mro__[1], cheat))  # fmt: skip
     question = CHEATS[cheat]
