@@ -101,10 +101,10 @@ def audit(
 ) -> Audit:
     """What each block's update depends on, for one batch, without dropout.
 
-    Every answer is an intervention: one thing is changed, all else held, and the relative change of
-    the block's weight gradient is the effect. For weight transport each weight above is moved only
-    in directions N with N h = 0 for all that it meets (h W^T and convolutions), in all passes; that
-    nothing on the way up changed is asserted.
+    Every answer is an intervention: one thing is changed, all else held; the effect is the relative
+    change of the gradients of the block's weight, or of its heads if that is larger. For weight
+    transport each weight above moves only in directions N with N h = 0 for all that it meets
+    (h W^T and convolutions), in all passes; that nothing on the way up changed is asserted.
 
     Of a rule "refresh", "graph", "own" and "sweep" are asked too; the last one needs two hidden
     blocks, the upper one with a derivative that it must keep.
@@ -148,14 +148,15 @@ def audit(
         return Met({name: params[name] for name in names}, *shift)
 
     def effects(after: Tensors) -> list[float]:
-        flat = ([torch.cat([grads[n].flatten() for n in block]) for block in blocks]
-                for grads in (base, after))  # fmt: skip
-        return [*map(_effect, *flat)]
+        return [max(_effect(base[n], after[n]) for n in learnt) for learnt in it.learnt]
 
     up, seen = met(), met()
     with up:
         it.forward()
     base = it.step(params, x, y, seen)
+    if max(effects(it.step(params, x, y))) > READS:
+        raise ValueError(f"{type(rule).__name__} does not repeat itself: it must draw from "
+                         "self.generator alone")  # fmt: skip
 
     transport, refresh = [0.0] * L, [0.0] * L
     for name, k in [(n, above) for above in range(1, L) for n in blocks[above]]:
@@ -188,7 +189,7 @@ def audit(
         "output": effects(it.step(params, x, y, met(params, (last, shift)))),
         "label": effects(it.step(params, x, y2)),
         # of a sum over samples the mixed second difference is zero
-        "others": effects({n: 2 * base[n] + both[n] - rest[n] - one[n] for n in names}),
+        "others": effects({n: 2 * d + both[n] - rest[n] - one[n] for n, d in base.items()}),
     }  # fmt: skip
     if isinstance(it, OfRule):
         found |= {"refresh": refresh, **_asked_of_a_rule(it, met, random)}

@@ -71,15 +71,16 @@ def _is_made(h: Tensor) -> bool:
 
 
 def unseen(where: str, rows: Tensor, N: Tensor) -> Tensor:
-    """N less its part along the rows, of norm 1."""
+    """N less its part along the rows, of norm 1, among units that are not silent in all of them."""
     size, V = torch.linalg.svd(rows, full_matrices=False)[1:]
     V = V[size > size.amax() * max(rows.shape) * torch.finfo(rows.dtype).eps]
-    if len(V) == rows.shape[1]:
+    live = rows.any(0)  # no rule hears a silent unit, so it would hide the effect
+    if len(V) == live.sum():
         raise ValueError(
-            f"{where} meets {len(rows)} rows of {rows.shape[1]} numbers, which leave no direction "
+            f"{where} meets {len(rows)} rows of {len(V)} live numbers, which leave no direction "
             "unseen: take fewer samples, smaller images or a wider block"
         )
-    free = N.flatten(1)
+    free = N.flatten(1) * live
     for _ in range(2):  # the second time takes away the rounding of the first
         free = free - free @ V.T @ V
     return (free / free.norm()).view_as(N)
@@ -101,7 +102,9 @@ class OfRule:
         self.blocks = {f"block {l}": [f"{l - 1}.linear.weight"] for l in range(1, L + 1)}
         self.block_of = {n: int(n.split(".")[0]) for n, _ in rule.net.named_parameters()}
         # what the rule learns from a block by itself, heads say, belongs to it
-        self.block_of |= {f: l for l, s in enumerate(self.told()) for f in dict(*s[2:])}
+        own = [[*dict(*s[2:])] for s in self.told()]
+        self.block_of |= {name: l for l, names in enumerate(own) for name in names}
+        self.learnt = [a + b for a, b in zip(self.blocks.values(), own, strict=True)]
 
     def _drawn(self, f: Callable) -> Any:
         """f(), with the same draws each time."""
@@ -163,6 +166,7 @@ class OfModel:
             self.blocks.setdefault(of.removesuffix(".weight"), []).append(name)
         module = {n.rpartition(".")[0]: l for l, b in enumerate(self.blocks.values()) for n in b}
         self.block_of = {n: module.get(n.rpartition(".")[0], -1) for n in self.params}
+        self.learnt = [*self.blocks.values()]
 
     def step(self, params: Tensors, x: Tensor, y: Tensor, met: Any = None, of: Any = None) -> Any:
         """Gradients of a training step in evaluation mode."""

@@ -147,6 +147,26 @@ class OthersLabel(DRTP):
         return super().signals(params, state, trace, error, target.roll(1, 0))
 
 
+class Stashed(DRTP):
+    """DRTP that hides the output in the state, and sends the error after all."""
+
+    def first_pass(self, params, state, x, masks):
+        trace = self.net.trace(params, x, masks)
+        return trace, {**state, "secret": trace[-1].h}
+
+    def signals(self, params, state, trace, error, target):
+        return super().signals(params, state, trace, error, target - state["secret"].softmax(1))
+
+
+class HeadsAbove(LeaderFollower):
+    """LFNN-l whose heads alone look at the weights above."""
+
+    def signals(self, params, *rest):
+        for l, (r, delta, *own) in enumerate(super().signals(params, *rest), 1):
+            W = params.get(f"{l}.linear.weight", torch.zeros(1))
+            yield r, delta, *({n: v + 1e-3 * W.sum() for n, v in heads.items()} for heads in own)
+
+
 class OwnWeights(FeedbackAlignment):
     """FA that reads the module's own weights, past ``params``."""
 
@@ -175,6 +195,8 @@ CHEATS = {
     Refreshed: "refresh",
     Peeking: "output",
     OthersLabel: "others",
+    Stashed: "output",
+    HeadsAbove: "transport",
 }
 
 
@@ -189,6 +211,28 @@ def test_a_cheat_is_caught_by_its_question(cheat):
     assert any(found.depends(question)[:-1])
     if cheat is Attached:
         assert found.depends("locking") == [True, True, True, False]
+
+
+def test_weights_out_of_silent_units_do_not_hide_what_is_read():
+    net, x, y, _ = dense()
+    with torch.no_grad():  # block 3 meets as many live units as samples, and silent ones
+        net[1].linear.weight[4:], net[1].linear.bias[4:] = 0, -1
+        net[1].linear.bias[:4] = 3
+    net[1].activation, few = "relu", x[:3]
+    assert audit(bpfree.Backprop(net), few, y[:3]).depends("transport") == [1, 1, 1, 0]
+    with pytest.raises(ValueError, match="block 3 meets 4 rows of 4 live"):
+        audit(bpfree.Backprop(net), x, y)
+
+
+def test_a_rule_that_does_not_repeat_itself_is_refused():
+    net, x, y, g = dense()
+
+    class Draws(bpfree.Backprop):
+        def descend(self, l, v, t):
+            return super().descend(l, v, t) * (1 + 1e-6 * torch.rand((), generator=g))
+
+    with pytest.raises(ValueError, match="Draws does not repeat itself"):
+        audit(Draws(net), x, y)
 
 
 def test_weights_that_are_read_past_params_are_told():
@@ -395,7 +439,7 @@ def test_what_cannot_be_audited_is_refused():
     with pytest.raises(TypeError, match="net.double"):
         audit(FeedbackAlignment(bpfree.mlp(12, 8, 8, 4)), x.float(), y)
     many = torch.randn(20, 12, generator=g, dtype=f64)
-    with pytest.raises(ValueError, match="block 2 meets 20 rows of 14 numbers.*fewer samples"):
+    with pytest.raises(ValueError, match="block 2 meets 20 rows of 14 live.*fewer samples"):
         audit(bpfree.Backprop(net), many, torch.arange(20) % 4)
     flat = bpfree.mlp(12, 4).double()
     with pytest.raises(ValueError, match="2 blocks and 2 samples, got 1 and 4"):
@@ -405,5 +449,5 @@ def test_what_cannot_be_audited_is_refused():
     model, images, labels, _ = sequential()
     with pytest.raises(TypeError, match="net.double"):
         audit(model.float(), images.float(), labels)
-    with pytest.raises(ValueError, match="2.weight meets 32 rows of 27 numbers.*smaller images"):
+    with pytest.raises(ValueError, match="2.weight meets 32 rows of 27 live.*smaller images"):
         audit(model.double(), torch.randn(4, 2, 8, 8, dtype=f64), torch.arange(4) % 3)
