@@ -30,6 +30,7 @@ BLOCKS = {
     "experiments": (["Setup", "Break it"], 6000),
     "exercises": (["Setup", "Exercises", "Project", "Questions", "Reading", "Versions"], 4000),
     "notation": (["Setup"], 6000),
+    "theorems": (["Setup"], 2500),
     "speed": (["The question", "Setup", "Break it", "Exercises", "Recap", "Reading", "Versions"],
               6000),
 }  # fmt: skip
