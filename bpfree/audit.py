@@ -126,11 +126,15 @@ def audit(
     """
     model = rule.net if isinstance(rule, Rule) else rule
     if not isinstance(model, nn.Module):
-        raise TypeError(f"the audit takes a Rule or a model, got {type(rule).__name__}")
-    tensors = [x, *model.parameters(), *rule.parameters(), *rule.buffers()]
-    if others := {t.dtype for t in tensors if t.is_floating_point()} - {torch.float64}:
+        made = f"the class itself: {rule.__name__}(net)" if isinstance(rule, type) else ""
+        got = made or type(rule).__name__
+        raise TypeError(f"the audit takes a Rule or a model, got {got}")
+    tensors = {"x": x, **dict(model.named_parameters())}
+    tensors |= {f"rule.{n}": t for n, t in (*rule.named_parameters(), *rule.named_buffers())}
+    if others := [f"{n} in {t.dtype}" for n, t in tensors.items()
+                  if t.is_floating_point() and t.dtype != torch.float64]:  # fmt: skip
         raise TypeError("the audit needs float64 to tell an effect from rounding: net.double(), "
-                        f"rule.double(), x.double(); got {', '.join(map(str, others))}"
+                        f"rule.double(), x.double(); got {', '.join(others[:3])}"
                         )  # fmt: skip
     g = generator or torch.Generator().manual_seed(0)
     it = OfRule(rule, x, y, g) if isinstance(rule, Rule) else OfModel(rule, x, y, backward)
@@ -154,6 +158,8 @@ def audit(
     with up:
         it.forward()
     base = it.step(params, x, y, seen)
+    if bad := [n for n in names if not base[n].isfinite().all()]:
+        raise ValueError(f"the update of {', '.join(bad)} is not finite, and cannot be compared")
     if max(effects(it.step(params, x, y))) > READS:
         raise ValueError(f"{type(rule).__name__} does not repeat itself: it must draw from "
                          "self.generator alone")  # fmt: skip

@@ -93,7 +93,10 @@ class OfRule:
         check_batch(rule, x, y)
         name, L = type(rule).__name__, len(rule.net)
         if type(rule).signals is Rule.signals:
-            raise TypeError(f"{name} has no signals: the audit reads and changes them")
+            raise TypeError(
+                f"{name} has no signals(self, params, state, trace, error, target): the audit "
+                "reads and changes them"
+            )
         check_pure(rule, x, y)
         self.rule, self.x, self.y = rule, x, y
         self.generator, self.begin = generator, generator.get_state()

@@ -91,6 +91,35 @@ def check_batch(rule: Any, x: Tensor, y: Tensor) -> None:
         raise ValueError(f"x must be finite, got {bad} NaN or infinite values")
 
 
+def check_given(rule: Any, signals: Any) -> Any:
+    """The same; raise a TypeError if a rule's ``signals`` gives nothing to go through."""
+    if not hasattr(signals, "__iter__"):
+        got = f"{type(signals).__name__}: is a return missing?" if signals is None else signals
+        raise TypeError(f"{type(rule).__name__}.signals must give (r, delta) for each block: {got}")
+    return signals
+
+
+def check_signal(rule: Any, l: int, block: Any, signal: Any) -> None:
+    """Raise unless a rule's signal for block l + 1 has two tensors that fit the block, row by row:
+    (B, n_in) and (B, n_out), or images of so many channels. What it costs is no arithmetic."""
+    said = f"{type(rule).__name__}'s signal for block {l + 1}"
+    if not (isinstance(signal, (tuple, list)) and len(signal) > 1):
+        raise TypeError(f"{said} must be a tuple (r, delta), got {type(signal).__name__}")
+    r, delta = signal[:2]
+    if not (isinstance(r, Tensor) and isinstance(delta, Tensor)):
+        kinds = f"{type(r).__name__} and {type(delta).__name__}"
+        raise TypeError(f"{said} must be two tensors (r, delta), got {kinds}")
+    n_out, n_in = block.linear.weight.shape[:2]
+    n_in *= block.linear.groups if block.is_conv else 1
+    fits = r.dim() == delta.dim() == (4 if block.is_conv else 2) and len(r) == len(delta)
+    if not (fits and r.shape[1] == n_in and delta.shape[1] == n_out):
+        more = ", ..." if block.is_conv else ""
+        raise ValueError(
+            f"{said} must be r of shape (B, {n_in}{more}) and delta of shape (B, {n_out}{more}), "
+            f"like the block's r and a, got {tuple(r.shape)} and {tuple(delta.shape)}"
+        )
+
+
 def warn_of_what_rests(rule: Any, learning: dict[str, Tensor]) -> None:
     """Once, after ten calls: of what the rule should have learnt while the weights did, but
     nobody stepped. Its gradient piles up, and it trains as another rule."""
@@ -149,6 +178,9 @@ def check_pure(rule: Any, x: Tensor, y: Tensor) -> None:
     for key in first:  # a card may add in another order; what is NaN in both is equal
         u, v = (grads[key].nan_to_num() for grads in (first, second))
         if (u - v).norm() > 1e-3 * u.norm():
+            third, fourth = (grads()[key].nan_to_num() for _ in range(2))
+            if (third - fourth).norm() > 1e-3 * third.norm():  # though nothing was changed
+                raise ValueError(f"{name} must draw from self.generator alone")
             raise ValueError(
                 f"{name} must read weights from params and feedback from state, not self"
             )

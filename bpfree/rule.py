@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from .block import Masks, Tensors, Trace
 from .network import Network
-from .refuse import check_batch, warn_of_what_rests
+from .refuse import check_batch, check_given, check_signal, warn_of_what_rests
 
 # (r_l, delta_l), and where the rule's own parameters learn from what block l did, their gradients
 Signal = tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Tensors]
@@ -99,7 +99,7 @@ class Rule(nn.Module):
                 signal is its own ``output_error``.
             target: y one-hot, (B, C).
         """
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} has no method signals")
 
     def first_pass(
         self, params: Tensors, state: Tensors, x: Tensor, masks: Masks
@@ -168,7 +168,7 @@ class Rule(nn.Module):
             trace = [*passes]
             logits.append(trace[-1].h)
             error = output_error(trace[-1].h, target)
-        signals = iter(self.signals(params, state, trace, error, target))
+        signals = iter(check_given(self, self.signals(params, state, trace, error, target)))
         del passes, trace
         grads: Tensors = {}
         kept, wanted = [], len(self.net)
@@ -176,6 +176,7 @@ class Rule(nn.Module):
             signal = next(signals, None)
             if signal is None:
                 raise ValueError(f"{type(self).__name__} must give {wanted} signals, gave {l}")
+            check_signal(self, l, block, signal)
             r, delta, *own = signal
             if keep_signals:
                 kept.append((r, delta))

@@ -451,3 +451,62 @@ def test_what_cannot_be_audited_is_refused():
         audit(model.float(), images.float(), labels)
     with pytest.raises(ValueError, match="2.weight meets 32 rows of 27 live.*smaller images"):
         audit(model.double(), torch.randn(4, 2, 8, 8, dtype=f64), torch.arange(4) % 3)
+
+
+def hidden(signal):
+    """A rule whose hidden blocks get ``signal(rule, trace of the block)``."""
+
+    class Mine(bpfree.Rule):
+        def signals(self, params, state, trace, error, target):
+            return [signal(self, t) for t in trace[:-1]] + [(trace[-1].r, error)]
+
+    return Mine
+
+
+MISTAKES = {
+    "r transposed": (hidden(lambda _, t: (t.r.T, t.a)), r"block 1 must be r of shape \(B, 12\)"),
+    "delta transposed": (hidden(lambda _, t: (t.r, t.a.T)), r"delta of shape \(B, 14\).*\(14, 4\)"),
+    "r is the block's output": (hidden(lambda _, t: (t.h, t.a)), r"got \(4, 14\) and \(4, 14\)"),
+    "no batch": (hidden(lambda _, t: (t.r, t.a.mean(0))), r"got \(4, 12\) and \(14,\)"),
+    "fewer samples": (hidden(lambda _, t: (t.r, t.a[:1])), r"got \(4, 12\) and \(1, 14\)"),
+    "delta alone": (hidden(lambda _, t: t.a), r"must be a tuple \(r, delta\), got Tensor"),
+    "a number": (hidden(lambda _, t: (t.r, 1.0)), "two tensors.*got Tensor and float"),
+    "not finite": (hidden(lambda _, t: (t.r, t.a / 0)), "0.linear.weight, .* is not finite"),
+    "draws past the generator": (
+        hidden(lambda _, t: (t.r, torch.randn_like(t.a))), "must draw from self.generator alone"
+    ),
+    "reads itself": (
+        hidden(lambda rule, t: (t.r, t.a * rule.net[2].linear.weight.sum().detach())),
+        "must read weights from params",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_what_a_beginner_gets_wrong_is_told(mistake):
+    rule, message = MISTAKES[mistake]
+    net, x, y, _ = dense()
+    with pytest.raises((TypeError, ValueError), match=message):
+        audit(rule(net), x, y)
+
+
+def test_a_missing_return_a_class_and_what_is_not_in_float64_are_told():
+    class Mute(bpfree.Rule):
+        def signals(self, params, state, trace, error, target):
+            [(t.r, t.a) for t in trace]
+
+    net, x, y, g = dense()
+    with pytest.raises(TypeError, match="Mute.signals must give.*is a return missing"):
+        audit(Mute(net), x, y)
+    with pytest.raises(NotImplementedError, match="Rule has no method signals"):
+        bpfree.Rule(net).backward(x, y)
+    with pytest.raises(TypeError, match=r"the class itself: Backprop\(net\)"):
+        audit(bpfree.Backprop, x, y)
+    with pytest.raises(TypeError, match="got rule.B2 in torch.float32"):
+        audit(FeedbackAlignment(net, generator=g).float(), x, y)
+
+
+def test_images_that_do_not_fit_are_told():
+    net, x, y, _ = conv()
+    with pytest.raises(ValueError, match=r"delta of shape \(B, 6, \.\.\.\).*\(2, 54\)"):
+        audit(hidden(lambda _, t: (t.r, t.h.flatten(1)))(net), x, y)
