@@ -41,6 +41,23 @@ def test_seeds_at_once_have_the_records_of_seeds_one_at_a_time(tmp_path):
     assert sorted(f.name for f in (tmp_path / "at-once").iterdir()) == ["other.json", "short.json"]
 
 
+def test_a_rule_of_a_readers_own_is_recorded_by_module_and_class(tmp_path, monkeypatch):
+    (tmp_path / "mine.py").write_text(
+        "import bpfree\n\n\nclass Mine(bpfree.FeedbackAlignment):\n    pass\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    mine, theirs, shuffled = (
+        dataclasses.replace(SHORT, name=rule.replace(":", "-"), rule=rule, seeds=(0, 1))
+        for rule in ("mine:Mine", "FeedbackAlignment", "Shuffledmine:Mine")
+    )
+    assert not [e for _, e in record_at_once([mine, theirs, shuffled], None, 2, folder=tmp_path)
+                if isinstance(e, Exception)]  # fmt: skip
+    curves = [results.final(results.read(r.name, tmp_path)) for r in (mine, theirs, shuffled)]
+    assert curves[0] == curves[1] != curves[2]
+    with pytest.raises(ModuleNotFoundError, match="nowhere"):
+        dataclasses.replace(mine, rule="nowhere:Mine").make(torch.Generator())
+
+
 COMMAND = """if True:
     import dataclasses, signal, sys
     from bpfree import recipes

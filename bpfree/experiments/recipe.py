@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import os
 from collections.abc import Iterable, Sequence
 from typing import Any, ClassVar
@@ -25,7 +26,7 @@ class Recipe:
     name: str
     data: str  # a name that ``load`` knows
     network: tuple[str, tuple, dict[str, Any]]  # "mlp" or "convnet", its arguments, its keywords
-    rule: str  # class name
+    rule: str  # class name; "module:Class" for one of a reader's own
     options: dict[str, Any]  # the rule's keywords
     epochs: int
     lr: float
@@ -51,7 +52,9 @@ class Recipe:
         kind, args, keywords = self.network
         net = getattr(network, kind)(*args, **keywords, generator=generator)
         name = self.rule.removeprefix("Shuffled")
-        rule = getattr(released if name.startswith("Released") else rules, name)
+        module, _, name = name.rpartition(":")
+        where = importlib.import_module(module) if module else rules
+        rule = getattr(released if not module and name.startswith("Released") else where, name)
         if self.rule.startswith("Shuffled"):
             rule = rules.shuffled(rule)
         return rule(net, **self.options, generator=generator)
