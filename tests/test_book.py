@@ -31,6 +31,10 @@ BLOCKS = {
     "exercises": (["Setup", "Exercises", "Project", "Questions", "Reading", "Versions"], 4000),
     "notation": (["Setup"], 6000),
     "theorems": (["Setup"], 2500),
+    "your_rule": (
+        ["The question", "Setup", "Notation", "The rule", "First checks", "The audit",
+         "The theorem", "Try it", "Its place", "The project", "Questions", "Recap"], 3500,
+    ),
     "speed": (["The question", "Setup", "Break it", "Exercises", "Recap", "Reading", "Versions"],
               6000),
 }  # fmt: skip
