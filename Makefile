@@ -63,6 +63,7 @@ notebooks: env
 
 figures: env
 	$(BIN)/python figures/paths.py
+	$(BIN)/python figures/modulators.py
 	$(BIN)/python figures/landing.py
 
 env: $(VENV)/.installed
