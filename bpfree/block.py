@@ -182,7 +182,23 @@ class Block(nn.Module):
 
     def local_vjp(self, v: Tensor, t: Trace) -> Tensor:
         """phi'(a) * v: from the shape of h to the shape of a, through this block's phi only."""
-        v = self.unpool(v, t)
+        return self.slope(self.unpool(v, t), t)
+
+    def local_jvp(self, v: Tensor, t: Trace) -> Tensor:
+        """The transpose of ``local_vjp``, from the shape of a to that of h: what a small change v
+        of a does to h."""
+        v, p = self.slope(v, t), self.pool
+        if isinstance(p, (nn.MaxPool1d, nn.MaxPool2d)):  # what the chosen units do
+            pool, sides = (F.max_pool2d, 2) if isinstance(p, nn.MaxPool2d) else (F.max_pool1d, 1)
+            window = p.kernel_size, p.stride, p.padding, p.dilation, p.ceil_mode
+            chosen: Any = pool(t.z, *window, return_indices=True)[1]
+            v = v.flatten(-sides).gather(-1, chosen.flatten(-sides)).view_as(chosen)
+        elif p is not None:
+            v = p(v)
+        return v if t.mask is None else v * t.mask
+
+    def slope(self, v: Tensor, t: Trace) -> Tensor:
+        """activation'(a) * v, elementwise."""
         if callable(self.activation):
             return torch.func.vjp(self.activation, t.a)[1](v)[0]
         return ACTIVATIONS[self.activation][1](v, t.z)

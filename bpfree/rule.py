@@ -21,7 +21,8 @@ from .block import Masks, Tensors, Trace
 from .network import Network
 from .refuse import check_batch, check_given, check_signal, warn_of_what_rests
 
-# (r_l, delta_l), and where the rule's own parameters learn from what block l did, their gradients
+# (r_l, delta_l), and gradients by name: of the rule's own parameters that learn from block l, or of
+# weights that learn by something else than this outer product
 Signal = tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Tensors]
 
 
@@ -86,8 +87,9 @@ class Rule(nn.Module):
     ) -> Iterable[Signal]:
         """(r_l, delta_l) for l = 1..L in this order; delta_l has the shape of a_l.
 
-        A third element, {own parameter: gradient}, is for what the rule learns from block l by
-        itself; names are those of ``params()``, gradients means over the batch.
+        A third element, {parameter: gradient}, is for what the rule learns from block l by itself,
+        and for weights whose gradient is no outer product: theirs is replaced. Names are those of
+        ``params()``, gradients means over the batch.
 
         Args:
             params: as ``params()``; read weights here, never from ``self.net``.
@@ -180,10 +182,10 @@ class Rule(nn.Module):
             r, delta, *own = signal
             if keep_signals:
                 kept.append((r, delta))
-            for gradients in own:
-                grads |= gradients
             for name, grad in block.outer(delta, r, 1 / len(x)).items():
                 grads[f"{l}.linear.{name}"] = grad
+            for gradients in own:
+                grads |= gradients
         if next(signals, None) is not None:
             raise ValueError(f"{type(self).__name__} must give {wanted} signals, gave more")
         # new tensors: two parameters must not share a gradient that is added to in place

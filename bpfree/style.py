@@ -16,6 +16,7 @@ RULES = {
     "EKDAA": ("EKDAA", "#882255", (0, (5, 1, 1, 1, 1, 1)), "X"),
     "LeaderFollower": ("LFNN", "#332288", (0, (2, 1)), "h"),
     "NextLayerAttention": ("attention", "#117733", (0, (4, 1, 1, 1)), "p"),
+    "ForwardGradient": ("forward gradient", "#DDAA33", (0, (2, 1, 1, 1)), "1"),
     "Stages": ("stages", "#44AA99", (0, (3, 1)), "d"),
     "Shrunk": ("BP, feedback shrunk", "#999933", (0, (6, 1, 1, 1)), ">"),
     "EWC": ("BP with EWC", "#AA4499", (0, (2, 2)), "<"),

@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import replace
 
-from . import attention, continual, leader_follower, staged
+from . import attention, baselines, continual, leader_follower, staged
 from .recipe import Recipe
 
 
@@ -211,7 +211,8 @@ RECIPES: dict[str, Recipe] = {
     r.name: r
     for r in (*_mnist_fc(), *_TABLE_1, *_pepita_rate(_TABLE_1), *_pepita_follow_up(_TABLE_1),
               *_ekdaa_narrow(_EKDAA), *leader_follower.mnist_fc(),
-              *attention.accuracy(), *continual.benchmarks(), *staged.small(),
+              *attention.accuracy(), *baselines.mnist(), *baselines.cifar10(),
+              *continual.benchmarks(), *staged.small(),
               *leader_follower.cifar10_conv(), *_EKDAA, *staged.large())
 }  # fmt: skip
 
