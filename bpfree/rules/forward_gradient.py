@@ -71,7 +71,7 @@ class ForwardGradient(Rule):
             way: the direction, by parameter, or by ``"U1"`` .. ``"UL"`` for pre-activations; what
                 is not in it stays.
         """
-        rising = None  # h'_{l-1}
+        rising: Tensor | None = None  # h'_{l-1}
         for l, (block, t) in enumerate(zip(self.net, trace, strict=True), 1):
             name = f"{l - 1}.linear"
             lean = way.get(f"U{l}", torch.zeros_like(t.a))  # a'_l
@@ -80,24 +80,25 @@ class ForwardGradient(Rule):
             if rising is not None:
                 lean = lean + block.pre(rising, params[f"{name}.weight"])[1]
             rising = block.local_jvp(lean.to(t.a.dtype), t)
-        return (error * rising).sum(1)
+        return (error * lean).sum(1)  # the last block's phi is the identity
 
     def signals(self, params, state, trace: list[Trace], error, target) -> list[Signal]:
+        weights = self.perturb == "weights"
         found: Tensors = {}
         for _ in range(self.draws):
-            if self.perturb == "weights":
+            if weights:
                 way = {n: self.draw(params[n]) for n, _ in self.net.named_parameters()}
-                d = self.slopes(params, trace, error, way).mean()
             else:
                 way = {f"U{l}": self.draw(t.a) for l, t in enumerate(trace[:-1], 1)}
-                d = self.slopes(params, trace, error, way)
+            d = self.slopes(params, trace, error, way) / self.draws
             for name, v in way.items():
-                each = d.reshape(-1, *[1] * (v.dim() - 1)) * v / self.draws
+                each = (d.mean() if weights else d.reshape(-1, *[1] * (v.dim() - 1))) * v
                 found[name] = found[name] + each if name in found else each
-        if self.perturb == "activities":
-            deltas = [*(found[f"U{l}"] for l in range(1, len(trace))), error]
-            return [(t.r, delta) for t, delta in zip(trace, deltas, strict=True)]
-        return [
-            (t.r, torch.zeros_like(t.a), {n: g for n, g in found.items() if int(n.split(".")[0]) == l})
-            for l, t in enumerate(trace)
-        ]  # fmt: skip
+        signals: list[Signal] = []
+        for l, t in enumerate(trace, 1):
+            if weights:
+                mine = {n: found[n] for n in found if n.startswith(f"{l - 1}.")}
+                signals.append((t.r, torch.zeros_like(t.a), mine))
+            else:
+                signals.append((t.r, found[f"U{l}"] if l < len(trace) else error))
+        return signals
