@@ -67,6 +67,19 @@ MUTANTS = [
     Mutant("block.py", "in_row = self._largest(t.z, -1)", "in_row = self._largest(t.a, -1)",
            "max-pooling routes by pre-activations",
            "test_network.py::test_local_vjp_is_autograd_through_phi"),
+    # ---- forward gradients ----
+    Mutant("rules/forward_gradient.py", "d.mean() if weights", "d.sum() if weights",
+           "the slope of the sum, not of the mean",
+           "test_forward_gradient.py::test_the_mean_of_many_estimates_is_backprops_gradient"),
+    Mutant("rules/forward_gradient.py", "block.local_jvp(lean.to(t.a.dtype), t)",
+           "lean.to(t.a.dtype)", "a tangent that passes phi as it is",
+           "test_forward_gradient.py::test_the_slope_is_autograds[0.0-mlp_problem-weights]"),
+    Mutant("block.py", "return v if t.mask is None else v * t.mask", "return v",
+           "a tangent that no mask stops", "test_forward_gradient.py::"
+           "test_the_slope_is_autograds[0.3-mlp_problem-weights]"),
+    Mutant("rule.py", "grads |= gradients", "grads = gradients | grads",
+           "the outer product in place of the gradient by name", "test_forward_gradient.py::"
+           "test_guessed_activities_are_signals_and_guessed_weights_teach_no_unit"),
     # ---- the gradient ----
     Mutant("rule.py", "block.outer(delta, r, 1 / len(x))",
            "block.outer(delta, r, 1 / (len(x) if l == len(self.net) - 1 else 1))",
