@@ -190,7 +190,7 @@ def test_the_variance_falls_with_the_number_of_draws(perturb):
     off = {}
     for m in (1, 16):
         rule = ForwardGradient(net, perturb, draws=m, generator=generator(5))
-        found = [update_of(rule, x, y).grads["0.linear.weight"] for _ in range(400)]
+        found = [update_of(rule, x, y).grads["0.linear.weight"] for _ in range(200)]
         off[m] = sum((g - true).square().sum() for g in found)
     assert 10 < off[1] / off[16] < 24
 
@@ -277,8 +277,7 @@ def test_the_audit_finds_no_transposed_weights_and_a_global_number_to_wait_for(p
     assert not drops["a global error"]
     assert not drops["stored activities, a frozen network"]
     assert not any(found.depends("graph"))
-    # of guessed weights one number is of the whole batch; a guessed activity is of its sample
-    assert found.depends("others") == [perturb == "weights"] * 4
+    assert not any(found.depends("others"))  # the mean of what each sample says of the direction
 
 
 @pytest.mark.parametrize(
