@@ -34,6 +34,9 @@ BLOCKS = {
     "your_rule": (
         ["The question", "Setup", "Notation", "The rule", "First checks", "The audit",
          "The theorem", "Try it", "Its place", "The project", "Questions", "Recap"], 3500,
+    "two_more_ways": (
+        ["The question", "Setup", "Notation", "The rule", "Build it", "Check it", "Try it",
+         "The paper and we", "Recap", "When is it backprop?", "Questions", "Reading"], 3000,
     ),
     "speed": (["The question", "Setup", "Break it", "Exercises", "Recap", "Reading", "Versions"],
               6000),
