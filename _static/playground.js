@@ -17,29 +17,24 @@ const range = (from, to) => Array.from({length: to - from + 1}, (_, i) => from +
 const map = (A, f) => A.map((row, s) => row.map((v, i) => f(v, s, i)));
 const minus = (A, B) => map(A, (v, s, i) => v - B[s][i]);
 const transpose = A => A[0].map((_, i) => A.map(row => row[i]));
-function dot(u, v) {
+const dot = (u, v) => {
   let sum = 0;
   for (let i = 0; i < u.length; i++) sum += u[i] * v[i];
   return sum;
-}
+};
 const affine = (X, W, b) => X.map(x => W.map((w, j) => dot(w, x) + b[j])); // X W^T + b
-function times(D, M) { // D M
-  const columns = transpose(M);
-  return D.map(d => columns.map(column => dot(d, column)));
-}
-function outer(D, R) { // D^T R / B
-  const columns = transpose(R);
-  return transpose(D).map(d => columns.map(r => dot(d, r) / D.length));
-}
-function softmax(row) {
-  const top = Math.max(...row), exp = row.map(v => Math.exp(v - top));
-  const sum = exp.reduce((s, v) => s + v);
+const product = (A, columns) => A.map(row => columns.map(column => dot(row, column)));
+const times = (D, M) => product(D, transpose(M));
+const outer = (D, R) => map(product(transpose(D), transpose(R)), v => v / D.length); // D^T R / B
+const total = row => row.reduce((sum, v) => sum + v, 0);
+const softmax = row => {
+  const top = Math.max(...row), exp = row.map(v => Math.exp(v - top)), sum = total(exp);
   return exp.map(v => v / sum);
-}
+};
 const oneHot = (y, classes) => y.map(c => range(0, classes - 1).map(k => +(k === c)));
 const crossEntropy = (scores, c) => { // -ln softmax(scores)_c
   const top = Math.max(...scores);
-  return top + Math.log(scores.reduce((s, v) => s + Math.exp(v - top), 0)) - scores[c];
+  return top + Math.log(total(scores.map(v => Math.exp(v - top)))) - scores[c];
 };
 
 function forward({W, b, activation}, X) {
@@ -54,33 +49,23 @@ function forward({W, b, activation}, X) {
 // What each rule says: delta[l], the teaching signal of block l, and r[l], its presynaptic activity;
 // own, the gradients of what the rule learns itself; and for the drawing M[l], by which the signal
 // came to block l (of LFNN-l: what came).
-function chain({L, e, slope, h}, matrix, descend = slope) {
+function chain({L, e, slope, h}, matrix, {sent, descend = slope} = {}) {
   const delta = [], M = [];
   delta[L] = e;
   for (let l = L - 1; l > 0; l--) {
-    M[l] = matrix(l + 1);
-    delta[l] = descend(l, times(delta[l + 1], M[l]));
-  }
-  return {delta, M, r: [null, ...h]};
-}
-function broadcast({L, e, slope, h, feedback}, sent) {
-  const delta = [], M = [];
-  delta[L] = e;
-  for (let l = 1; l < L; l++) {
-    M[l] = feedback["D" + l];
-    delta[l] = slope(l, times(sent, M[l]));
+    M[l] = matrix(sent ? l : l + 1);
+    delta[l] = descend(l, times(sent ?? delta[l + 1], M[l]));
   }
   return {delta, M, sent, r: [null, ...h]};
 }
-const power = (W, p) => map(W, w => Math.sign(w) * Math.abs(w) ** (p - 1));
 
 const SIGNALS = {
   bp: at => chain(at, l => at.W[l]),
   fa: at => chain(at, l => at.feedback["B" + l]),
   sign: (at, {scale = 1}) => chain(at, l => map(at.W[l], w => scale * Math.sign(w))),
   kp: at => ({...chain(at, l => at.feedback["B" + l]), beside: ["B", 1]}),
-  dfa: at => broadcast(at, at.e),
-  drtp: at => broadcast(at, at.target),
+  dfa: at => chain(at, l => at.feedback["D" + l], {sent: at.e}),
+  drtp: at => chain(at, l => at.feedback["D" + l], {sent: at.target}),
   pepita(at, {sign = 1, output_error = "second", presynaptic = "second"}) {
     const {L, x, e, h, target, feedback: {F}} = at;
     const sent = times(e, transpose(F)); // e F^T
@@ -91,24 +76,24 @@ const SIGNALS = {
   },
   ekdaa(at, {beta = 0.9, gamma = 0.1}) {
     const [f] = ACTIVATIONS[at.activation];
-    const differ = (l, u) => map(u, (v, s, i) => at.h[l][s][i] - f(at.a[l][s][i] - beta * v));
-    return {...chain(at, l => at.feedback["E" + l], differ), beside: ["E", gamma]};
+    const descend = (l, u) => map(u, (v, s, i) => at.h[l][s][i] - f(at.a[l][s][i] - beta * v));
+    return {...chain(at, l => at.feedback["E" + l], {descend}), beside: ["E", gamma]};
   },
   lfnn(at, options) {
     const {L, e, h, slope, target, feedback} = at, delta = [], M = [], own = {};
     for (let l = 1; l < L; l++) {
       const V = feedback["V" + l];
-      const q = h[l].map((row, s) => scoreErrors(V.map(head => head.map(v => dot(v, row))),
-        target[s], options)); // (B, N, C)
-      M[l] = q.map(each => h[l][0].map((_, i) =>
-        each.reduce((sum, score, w) => sum + score.reduce((t, v, c) => t + v * V[w][c][i], 0), 0)));
+      const scores = row => V.map(head => head.map(v => dot(v, row))); // (N, C)
+      const q = h[l].map((row, s) => scoreErrors(scores(row), target[s], options));
+      M[l] = times(q.map(each => each.flat()), V.flat()); // sum_w q_w V_w
       own["V" + l] = V.map((_, w) => outer(q.map(each => each[w]), h[l]));
       delta[l] = slope(l, M[l]);
     }
     delta[L] = e;
     return {delta, M, r: [null, ...h], own};
   },
-  attention: (at, {p = 2}) => chain(at, l => power(at.W[l], p)),
+  attention: (at, {p = 2}) =>
+    chain(at, l => map(at.W[l], w => Math.sign(w) * Math.abs(w) ** (p - 1))),
   frozen: at => chain(at, l => map(at.W[l], () => 0)),
 };
 
@@ -135,11 +120,11 @@ function gradients({rule, options = {}, activation, W, b, feedback = {}, x, y}) 
   const gW = [null], gb = [null];
   for (let l = 1; l <= L; l++) {
     gW[l] = outer(delta[l], r[l]);
-    gb[l] = transpose(delta[l]).map(d => d.reduce((s, v) => s + v) / x.length);
+    gb[l] = transpose(delta[l]).map(d => total(d) / x.length);
   }
   if (beside) // the matrix that learns beside W_l gets a share of its gradient
     for (let l = 2; l <= L; l++) own[beside[0] + l] = map(gW[l], g => beside[1] * g);
-  const loss = y.reduce((s, c, n) => s + crossEntropy(h[L][n], c), 0) / y.length;
+  const loss = total(y.map((c, n) => crossEntropy(h[L][n], c))) / y.length;
   return {loss, W: gW, b: gb, own, delta, r, h, e, target, ...way};
 }
 
@@ -154,15 +139,11 @@ function random(seed) { // mulberry32: the same draws in every browser
     return ((t ^ (t >>> 14)) >>> 0) / 2 ** 32;
   };
 }
-const uniform = (rows, columns, bound, draw) =>
-  range(1, rows).map(() => range(1, columns).map(() => (2 * draw() - 1) * bound));
-
 const POINTS = 200, BATCH = 20, REACH = 2.4; // REACH: the plane is drawn from -REACH to REACH
 const around = (r, angle) => [r * Math.cos(angle), r * Math.sin(angle)];
 const DATA = { // name -> [label, classes, (class, part of it in 0..1, draw) => point, noise]
-  moons: ["two moons", 2, (c, t) => c ? [1 - 1.2 * Math.cos(Math.PI * t) - 0.4,
-    0.4 - 1.2 * Math.sin(Math.PI * t)] : [1.2 * Math.cos(Math.PI * t) - 0.6,
-    1.2 * Math.sin(Math.PI * t) - 0.4], 0.15],
+  moons: ["two moons", 2, (c, t) =>
+    around(1.2, Math.PI * t).map((v, i) => (v - [0.6, 0.4][i]) * (c ? -1 : 1)), 0.15],
   circles: ["circles", 2, (c, t) => around(c ? 0.7 : 1.7, 2 * Math.PI * t), 0.15],
   clusters: ["four clusters", 4, c => around(1.4, Math.PI * (0.25 + c / 2)), 0.4],
   spirals: ["spirals", 2, (c, t) => around(0.25 + 1.75 * t, Math.PI * (c + 2.5 * t)), 0.06],
@@ -182,20 +163,19 @@ function sample(name, seed) {
 // Starting weights and the rule's own matrices, from He's bound as in the library. Each has a seed
 // of its own, so that two rules start from the same weights, and FA and Kolen-Pollack from one B.
 function start({rule, scale = 1, workers = 4}, {sizes, activation, seed}) {
-  const L = sizes.length - 1, bound = n => Math.sqrt(6 / n), feedback = {};
-  const make = (rows, columns, l, kind, by = 1) =>
-    uniform(rows, columns, by * bound(columns), random(97 * seed + 13 * l + 7919 * kind));
-  const W = [null], b = [null], C = sizes[L];
+  const W = [null], b = [null], feedback = {}, L = sizes.length - 1, C = sizes[L];
+  const make = (rows, columns, l, kind, by = 1) => {
+    const draw = random(97 * seed + 13 * l + 7919 * kind), bound = by * Math.sqrt(6 / columns);
+    return range(1, rows).map(() => range(1, columns).map(() => (2 * draw() - 1) * bound));
+  };
   for (let l = 1; l <= L; l++) {
     W[l] = make(sizes[l], sizes[l - 1], l, 0);
     b[l] = Array(sizes[l]).fill(0);
-    if (l > 1 && (rule === "fa" || rule === "kp"))
-      feedback["B" + l] = make(sizes[l], sizes[l - 1], l, 1, scale);
-    if (l > 1 && rule === "ekdaa") feedback["E" + l] = W[l].map(row => [...row]);
-    if (l < L && (rule === "dfa" || rule === "drtp"))
-      feedback["D" + l] = make(C, sizes[l], l, 2, scale);
-    if (l < L && rule === "lfnn")
-      feedback["V" + l] = range(1, workers).map(w => make(C, sizes[l], l, 3 + w));
+    const own = (name, rules, make) => { if (rules.includes(rule)) feedback[name + l] = make(); };
+    if (l > 1) own("B", ["fa", "kp"], () => make(sizes[l], sizes[l - 1], l, 1, scale));
+    if (l > 1) own("E", ["ekdaa"], () => W[l]);
+    if (l < L) own("D", ["dfa", "drtp"], () => make(C, sizes[l], l, 2, scale));
+    if (l < L) own("V", ["lfnn"], () => range(4, 3 + workers).map(k => make(C, sizes[l], l, k)));
   }
   if (rule === "pepita") feedback.F = transpose(make(C, sizes[0], 1, 3, scale));
   return {activation, W, b, feedback};
@@ -206,12 +186,10 @@ const descend = (A, G, rate, decay) => A.map((v, i) => Array.isArray(v)
 
 class Learner { // one rule on one network
   constructor(choice, settings) {
-    this.choice = choice;
-    this.options = {p: choice.p, beta: choice.beta, leaders: choice.leaders, scale: choice.scale};
-    Object.assign(this, start(choice, settings));
+    Object.assign(this, {choice}, start(choice, settings));
   }
   gradients(x, y, rule = this.choice.rule) {
-    return gradients({...this, rule, options: this.options, x, y});
+    return gradients({...this, rule, options: this.choice, x, y});
   }
   apply(g) { // plain SGD
     const {rate, decay = 0} = this.choice;
@@ -232,7 +210,7 @@ class Learner { // one rule on one network
     };
   }
 }
-const norm = u => Math.hypot(...u);
+const norm = u => Math.sqrt(dot(u, u));
 function angle(u, v) { // in degrees; Kahan's form, as in bpfree.measure
   const a = norm(u), b = norm(v), [p, q] = [u.map(w => w / a), v.map(w => w / b)];
   return 360 / Math.PI * Math.atan2(norm(p.map((w, i) => w - q[i])), norm(p.map((w, i) => w + q[i])));
@@ -243,14 +221,12 @@ function* batches({x, y}, seed) { // without end, shuffled anew in each epoch
       const k = Math.floor(draw() * (n + 1));
       [order[n], order[k]] = [order[k], order[n]];
     }
-    for (let n = 0; n < order.length; n += BATCH) {
-      const rows = order.slice(n, n + BATCH);
-      yield {rows, x: rows.map(k => x[k]), y: rows.map(k => y[k])};
-    }
+    for (let n = 0; n < order.length; n += BATCH)
+      yield [x, y, range(0, y.length - 1)].map(all => order.slice(n, n + BATCH).map(k => all[k]));
   }
 }
 
-// ---- what the reader chooses, and the address that keeps it -------------------------------------
+// ---- what the reader chooses, and the address that keeps it ----
 
 const sub = l => "₀₁₂₃₄"[l];
 const above = (l, M, more) => `Block ${l} received δ${sub(l + 1)} times ${M}${sub(l + 1)}${more}.`;
@@ -263,11 +239,11 @@ const RULES = {
   dfa: ["DFA", ["scale"], "direct", "D", l => `Block ${l} received the error times D${sub(l)}.`],
   drtp: ["DRTP", ["scale"], "direct", "D", l => `Block ${l} received the label times D${sub(l)}.`],
   pepita: ["PEPITA", ["scale"], "input", "F", l =>
-    `Block ${l} answered a second time: its signal is the difference of its two answers.`],
+    `Block ${l} received what its second answer lacks: h${sub(l)} − h${sub(l)}ᵉʳʳ.`],
   ekdaa: ["EKDAA", ["beta"], "chain", "E", l =>
-    `δ${sub(l + 1)} times E${sub(l + 1)} set block ${l} a target: what it said less that is its signal.`],
+    above(l, "E", ", made a target of it, and learns from its distance")],
   lfnn: ["LFNN-l", ["leaders"], "local", "V", l =>
-    `Block ${l} was taught by its own four heads: leaders learn the label, the others follow.`],
+    `Block ${l} was taught by its own heads V${sub(l)}, and by nothing above it.`],
   attention: ["attention", ["p"], "chain", "α′", l => above(l, "α′(W)", "")],
   frozen: ["frozen", [], "none", "", l => `Block ${l} received nothing.`],
 };
@@ -294,18 +270,19 @@ const LIVE = ["speed", "rate", "decay", "beta", "leaders", "p"]; // changed with
 
 function legal(name, value) { // the value if the field can have it, or the field's own
   const [, allowed, usual] = FIELDS[name];
-  if (!Array.isArray(allowed)) return value in allowed || value === "none" ? value : usual;
-  const number = value === null || value === "" ? NaN : +value;
-  return number >= allowed[0] && number <= allowed[1] ? number : usual;
+  if (!Array.isArray(allowed)) return Object.hasOwn({...allowed, none: 1}, value) ? value : usual;
+  const [low, high, step] = allowed, number = step === 1 ? Math.round(value) : +value;
+  return value && number >= low && number <= high ? number : usual;
 }
+const usual = rule => ({scale: rule === "pepita" ? 0.05 : 1}); // as the library has it
 function fromHash(hash) { // data=...&rule=...&rule2=...: what is not named is as usual
-  const query = new URLSearchParams(hash.replace(/^#/, ""));
-  const read = (name, key, usual) => legal(name, query.has(key) ? query.get(key) : usual);
-  const settings = Object.fromEntries(SHARED.map(name => [name, read(name, name, FIELDS[name][2])]));
-  settings.sides = ["", "2"].map((suffix, second) => Object.fromEntries(OWN.map(name => {
-    const usual = name === "rule" && second ? "bp" : FIELDS[name][2];
-    return [name, read(name, name + suffix, name === "rate" && second ? query.get("rate") : usual)];
-  })));
+  const query = new URLSearchParams(hash.replace(/^#/, "")), settings = {sides: [{}, {}]};
+  for (const name of SHARED) settings[name] = legal(name, query.get(name));
+  settings.sides.forEach((side, n) => {
+    side.rule = legal("rule", query.get(n ? "rule2" : "rule") ?? (n ? "bp" : null));
+    for (const name of OWN.slice(1))
+      side[name] = legal(name, query.get(name + (n ? 2 : "")) ?? usual(side.rule)[name] ?? null);
+  });
   return settings;
 }
 function toHash(settings) {
@@ -327,44 +304,41 @@ function path({choice, W}, g) {
   const h = l => g.h[l][0], up = (l, v = h(l - 1)) =>
     ({from: l - 1, to: l, flow: (k, i) => W[l][i][k] * v[k]});
   const down = (from, to, flow, name) => ({from, to, flow, name});
-  const error = {text: "The error e = p − y stands at the output.", hops: [], shown: [L]};
+  const error = {text: "The output block received the error e = p − y.", hops: [], shown: [L]};
   const hidden = range(1, L - 1), back = [...hidden].reverse();
   const phases = [{text: "The ringed point runs forward.", hops: range(1, L).map(l => up(l))}, error];
-  if (way === "chain") for (const l of back)
-    phases.push({text: says(l), shown: [l], hops: [down(l + 1, l,
-      (k, i) => g.delta[l + 1][0][k] * g.M[l][k][i], letter + sub(l + 1))]});
-  if (way === "direct") for (const l of back)
-    phases.push({text: says(l), shown: [l],
-      hops: [down(L, l, (k, i) => g.sent[0][k] * g.M[l][k][i], letter + sub(l))]});
+  if (way === "chain" || way === "direct") for (const l of back) {
+    const from = way === "chain" ? l + 1 : L, [sent] = g.sent ?? g.delta[from];
+    phases.push({text: says(l), shown: [l], hops: [down(from, l,
+      (k, i) => sent[k] * g.M[l][k][i], letter + sub(way === "chain" ? l + 1 : l))]});
+  }
   if (way === "input") {
     phases.push({text: "The error was added to the input, through F.", shown: [0],
       hops: [down(L, 0, (k, i) => g.e[0][k] * g.M[0][i][k], letter)]});
     const change = l => g.err[l][0].map((v, i) => v - h(l)[i]);
     for (const l of range(1, L)) phases.push({shown: [l],
       text: l < L ? says(l) : "The output block's signal is the error of the second pass.",
-      hops: [{...up(l, change(l - 1)), name: l < L ? "2nd" : ""}]});
+      hops: [{...up(l, change(l - 1)), name: l < L ? "2nd pass" : ""}]});
   }
   if (way === "local") phases.splice(0, 1, ...hidden.map(l => ({text: says(l), shown: [l],
     hops: [up(l), down("heads", l, (k, i) => g.M[l][0][i], letter + sub(l))]})),
   {text: "The output block ran forward.", hops: [up(L)]});
   if (way === "none") phases.push({text: "Nothing is sent to the hidden blocks.", hops: [],
     shown: hidden});
-  phases.push({text: "Each weight moved by its signal times its input.", hops: [], shown: [], ends: true});
+  phases.push({text: "Each weight moved by its signal times its input.", hops: []});
   return phases;
 }
 
 // ---- drawing ------------------------------------------------------------------------------------
 
-const DASHES = [[], [6, 3], [2, 2], [8, 3, 2, 3]], GRID = 40;
+const DASHES = [[], [6, 3], [2, 2], [8, 3, 2, 3]], GRID = 32;
 
 class Sheet { // a canvas as wide as its box; lengths are pixels of the page
-  constructor(canvas, ratio) {
-    Object.assign(this, {canvas, ratio, g: canvas.getContext("2d")});
-  }
+  constructor(canvas) { Object.assign(this, {canvas, g: canvas.getContext("2d")}); }
   fit() {
     const sharp = devicePixelRatio || 1;
     this.w = this.canvas.clientWidth;
-    this.h = Math.round(this.w * this.ratio);
+    this.h = Math.round(this.w * this.canvas.dataset.ratio);
     [this.canvas.width, this.canvas.height] = [this.w * sharp, this.h * sharp].map(Math.round);
     this.g.scale(sharp, sharp);
   }
@@ -379,17 +353,24 @@ class Sheet { // a canvas as wide as its box; lengths are pixels of the page
     this.g.fillText(string, x, y);
   }
 }
+function line(c, style, ...points) {
+  c.beginPath();
+  for (const point of points) c.lineTo(...point);
+  Object.assign(c, style).stroke();
+}
+function disc(c, x, y, r, style, how = "fill") {
+  c.beginPath();
+  c.arc(x, y, r, 0, 2 * Math.PI);
+  Object.assign(c, style)[how]();
+}
 const rgb = colour => colour.match(/\w\w/g).map(c => parseInt(c, 16));
 function mark(g, kind, x, y, r) { // a class has a shape beside its colour
-  g.moveTo(x + r, y);
-  if (kind === 0) g.arc(x, y, r, 0, 2 * Math.PI);
-  else for (let k = 1, n = [0, 4, 3, 4][kind], turn = kind === 1 ? 0.5 : 0; k <= n; k++) {
-    const [dx, dy] = around(1.25 * r, 2 * Math.PI * (k + turn) / n - Math.PI / 2);
-    k === 1 ? g.moveTo(x + dx, y + dy) : g.lineTo(x + dx, y + dy);
+  for (let k = 0, n = [16, 4, 3, 4][kind], turn = kind === 1 ? 0.5 : 0; k < n; k++) {
+    const [dx, dy] = around(n > 4 ? r : 1.25 * r, 2 * Math.PI * (k + turn) / n - Math.PI / 2);
+    g[k ? "lineTo" : "moveTo"](x + dx, y + dy);
   }
   g.closePath();
 }
-
 const PLANE = range(0, GRID * GRID - 1).map(n => [n % GRID, GRID - 1 - Math.floor(n / GRID)]
   .map(k => REACH * (2 * (k + 0.5) / GRID - 1)));
 function drawField(sheet, ink, learner, {x, y}, chosen, small) {
@@ -409,15 +390,11 @@ function drawField(sheet, ink, learner, {x, y}, chosen, small) {
   ink.classes.forEach((colour, c) => {
     g.beginPath();
     x.forEach((point, n) => y[n] === c && mark(g, c, px(point[0]), py(point[1]), Math.max(2, w / 80)));
-    Object.assign(g, {fillStyle: colour, strokeStyle: ink.ground, lineWidth: 1.4});
-    g.stroke();
+    Object.assign(g, {fillStyle: colour, strokeStyle: ink.ground, lineWidth: 1.4}).stroke();
     g.fill();
   });
-  if (chosen === undefined) return;
-  g.beginPath();
-  g.arc(px(x[chosen][0]), py(x[chosen][1]), 8, 0, 2 * Math.PI);
-  Object.assign(g, {strokeStyle: ink.text, lineWidth: 2.5});
-  g.stroke();
+  const ring = {strokeStyle: ink.text, lineWidth: 2.5};
+  if (chosen !== undefined) disc(g, px(x[chosen][0]), py(x[chosen][1]), 8, ring, "stroke");
 }
 
 // The network: activities in the units, weights between them, and as rings the teaching signals that
@@ -430,13 +407,9 @@ function drawNetwork(sheet, ink, learner, g, phases, now, t) {
   const sign = v => v < 0 ? ink.minus : ink.plus;
   for (let l = 1; l <= L; l++) {
     const most = Math.max(...learner.W[l].flat().map(Math.abs), 1);
-    learner.W[l].forEach((row, j) => row.forEach((v, i) => {
-      c.beginPath();
-      c.moveTo(x(l - 1), y(l - 1, i));
-      c.lineTo(x(l), y(l, j));
-      Object.assign(c, {strokeStyle: sign(v), lineWidth: 0.3 + 3.5 * Math.abs(v) / most, globalAlpha: 0.55});
-      c.stroke();
-    }));
+    learner.W[l].forEach((row, j) => row.forEach((v, i) => line(c,
+      {strokeStyle: sign(v), lineWidth: 0.3 + 3.5 * Math.abs(v) / most, globalAlpha: 0.55},
+      [x(l - 1), y(l - 1, i)], [x(l), y(l, j)])));
   }
   c.globalAlpha = 1;
   const arrived = new Set(phases?.flatMap((phase, n) => n < now ? phase.shown ?? [] : []));
@@ -447,25 +420,19 @@ function drawNetwork(sheet, ink, learner, g, phases, now, t) {
     const shown = l < L || !g ? g?.h[l][0] : softmax(g.h[L][0]);
     for (let i = 0; i < sizes[l]; i++) {
       const activity = shown ? Math.tanh(shown[i]) : 0;
-      c.beginPath();
-      c.arc(x(l), y(l, i), radius, 0, 2 * Math.PI);
-      c.fillStyle = ink.ground;
-      c.fill();
-      Object.assign(c, {globalAlpha: Math.abs(activity), fillStyle: sign(activity)});
-      c.fill();
-      Object.assign(c, {globalAlpha: 1, strokeStyle: ink.text, lineWidth: 1});
-      c.stroke();
-      if (!signal || !arrived.has(l) || !signal[i]) continue;
-      c.beginPath();
-      c.arc(x(l), y(l, i), radius + 3.5, 0, 2 * Math.PI);
-      Object.assign(c, {strokeStyle: sign(signal[i]), lineWidth: 1 + 4 * Math.abs(signal[i]) / most});
-      c.stroke();
+      const unit = (r, style, how) => disc(c, x(l), y(l, i), r, style, how);
+      unit(radius, {fillStyle: ink.ground});
+      unit(radius, {globalAlpha: Math.abs(activity), fillStyle: sign(activity)});
+      unit(radius, {globalAlpha: 1, strokeStyle: ink.text, lineWidth: 1}, "stroke");
+      if (signal?.[i] && arrived.has(l)) unit(radius + 3.5,
+        {strokeStyle: sign(signal[i]), lineWidth: 1 + 4 * Math.abs(signal[i]) / most}, "stroke");
     }
     c.fillStyle = ink.text;
     sheet.text(l === 0 ? "x" : l === L ? "p" : "h" + sub(l), x(l), 9);
   }
-  phases?.forEach((phase, n) => phase.hops.forEach(hop => // the way, under the network
-    hop.name !== undefined && drawWay(sheet, ink, hop, x, floor + 12, n < now ? 1 : n === now ? 2 : 0)));
+  const ways = phases?.flatMap((phase, n) => phase.hops.map(hop => [hop, 1 + Math.sign(now - n)]));
+  for (const [hop, state] of (ways ?? []).reverse()) // under the network
+    if (hop.name !== undefined) drawWay(sheet, ink, hop, x, floor + 12, state);
   if (!ran || t >= 1 || !ran.hops.length) return;
   const k = Math.min(ran.hops.length - 1, Math.floor(t * ran.hops.length)), hop = ran.hops[k];
   const part = t * ran.hops.length - k, heads = hop.from === "heads";
@@ -474,73 +441,61 @@ function drawNetwork(sheet, ink, learner, g, phases, now, t) {
   const most = Math.max(...flows.map(([, , v]) => Math.abs(v))) || 1;
   for (const [j, i, v] of flows) {
     const [x0, y0] = heads ? [x(hop.to), floor + 22] : [x(hop.from), y(hop.from, j)];
-    c.beginPath();
-    c.arc(x0 + part * (x(hop.to) - x0), y0 + part * (y(hop.to, i) - y0),
-      1 + 4 * Math.abs(v) / most, 0, 2 * Math.PI);
-    Object.assign(c, {fillStyle: sign(v), strokeStyle: ink.ground, lineWidth: 1});
-    c.fill();
+    disc(c, x0 + part * (x(hop.to) - x0), y0 + part * (y(hop.to, i) - y0),
+      1 + 4 * Math.abs(v) / most, {fillStyle: sign(v), strokeStyle: ink.ground, lineWidth: 1});
     c.stroke();
   }
 }
-function drawWay(sheet, ink, {from, to, name}, x, top, state) { // state: 0 to come, 1 done, 2 now
-  const c = sheet.g, colour = state === 2 ? ink.accent : ink.text;
-  Object.assign(c, {strokeStyle: colour, fillStyle: colour, lineWidth: state === 2 ? 3 : 1.5,
-    globalAlpha: state ? 1 : 0.6});
+function drawWay(sheet, ink, {from, to, name}, x, top, state) { // state: 0 to come, 1 now, 2 done
+  const c = sheet.g, colour = state === 1 ? ink.accent : ink.text, heads = from === "heads";
+  const x1 = x(to), x0 = heads ? x1 : x(from), deep = heads ? 0 : 12 + 11 * Math.abs(from - to);
+  Object.assign(c, {strokeStyle: colour, fillStyle: colour, lineWidth: state === 1 ? 3 : 1.5});
   c.setLineDash(state ? [] : [3, 3]);
-  const heads = from === "heads", x1 = x(to), deep = heads ? 0 : 16 + 9 * Math.abs(from - to);
-  const x0 = heads ? x1 : x(from), side = heads ? 0 : 6 * Math.sign(x1 - x0);
   c.beginPath();
   c.moveTo(x0, heads ? top + 22 : top);
-  c.quadraticCurveTo((x0 + x1) / 2, heads ? top + 10 : top + 2 * deep - 8, x1 - side, top + 4);
+  c.quadraticCurveTo((x0 + x1) / 2, top + 2 * deep - 8, x1 - 6 * Math.sign(x1 - x0), top + 4);
   c.stroke();
   c.setLineDash([]);
   c.beginPath();
-  c.moveTo(x1, top - 3);
-  c.lineTo(x1 - 4, top + 5);
-  c.lineTo(x1 + 4, top + 5);
+  for (const [dx, dy] of [[0, -3], [-4, 5], [4, 5]]) c.lineTo(x1 + dx, top + dy);
   c.fill();
-  if (heads) c.strokeRect(x1 - 16, top + 22, 32, 18);
-  const mid = heads ? [x1, top + 31] : [x1 + (x0 - x1) * 0.3, top + deep * 0.84 + 3];
-  if (!heads && name) {
-    const half = c.measureText(name).width / 2 + 2;
-    c.globalAlpha = 1;
-    c.fillStyle = ink.ground;
-    c.fillRect(mid[0] - half, mid[1] - 7, 2 * half, 14);
-  }
-  Object.assign(c, {globalAlpha: 1, fillStyle: colour});
-  sheet.text(name, ...mid);
+  const half = c.measureText(name).width / 2 + 3;
+  const [mx, my] = heads ? [x1, top + 31] : [x1 + (x0 - x1) * 0.3, top + deep * 0.84 + 2];
+  c.fillStyle = ink.ground;
+  if (name) c.fillRect(mx - half, my - 8, 2 * half, 16);
+  if (heads) c.strokeRect(mx - half, my - 8, 2 * half, 16);
+  c.fillStyle = colour;
+  sheet.text(name, mx, my);
 }
 
-// Lines over steps: series [{name, values, colour, dash}] between [low, high], perhaps logarithmic.
-function drawChart(sheet, ink, title, steps, series, [low, high], unit = "", log = false) {
-  const c = sheet.clear(ink), {w, h} = sheet, box = [34, 18, w - 58, h - 34], at = log ? Math.log10 : v => v;
+// title; [[value, its text]], lowest first; scale
+const CHARTS = {
+  angle: ["angle to BP, by block", [[0, "0°"], [90, "90°"], [180, "180°"]], v => v],
+  norm: ["size, in BP's", [[1e-4, "10⁻⁴"], [1, "1"], [1e4, "10⁴"]], Math.log10],
+  loss: ["loss, nats", [[0, "0"], [1, "1"], [2, "2"]], v => v],
+  accuracy: ["accuracy", [[0, "0"], [0.5, "50 %"], [1, "100 %"]], v => v],
+};
+function drawChart(sheet, ink, kind, steps, series) { // series [{name, values, colour, dash}]
+  const [title, ticks, at] = CHARTS[kind], last = v => Number.isNaN(v) ? "none" : v?.toPrecision(2);
+  sheet.canvas.ariaLabel = `${title}: ${series.map(each => last(each.values.at(-1))).join(", ")}`;
+  const c = sheet.clear(ink), {w, h} = sheet, box = [34, 24, w - 58, h - 40];
+  const low = at(ticks[0][0]), high = at(ticks.at(-1)[0]);
   const x = n => box[0] + box[2] * steps[n] / Math.max(steps.at(-1) ?? 1, 1);
-  const y = v => box[1] + box[3] * (1 - Math.min(1, Math.max(0, (at(v) - at(low)) / (at(high) - at(low)))));
+  const y = v => box[1] + box[3] * (1 - Math.min(1, Math.max(0, (at(v) - low) / (high - low))));
   sheet.text(title, 2, 7, "left");
-  for (const v of [low, log ? Math.sqrt(low * high) : (low + high) / 2, high]) {
-    sheet.text((log ? "10" + [...String(at(v))].map(d => "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"["-0123456789".indexOf(d)]).join("")
-      : +v.toPrecision(3)) + unit, box[0] - 3, y(v), "right");
-    c.globalAlpha = 0.25;
-    c.beginPath();
-    c.moveTo(box[0], y(v));
-    c.lineTo(box[0] + box[2], y(v));
-    c.stroke();
+  for (const [v, text] of ticks) {
+    sheet.text(text, box[0] - 3, y(v), "right");
+    line(c, {globalAlpha: 0.25}, [box[0], y(v)], [box[0] + box[2], y(v)]);
     c.globalAlpha = 1;
   }
   sheet.text(`${steps.at(-1) ?? 0} steps`, w - 24, h - 7, "right");
   const ends = [];
   for (const {name, values, colour, dash} of series) {
-    Object.assign(c, {strokeStyle: colour, fillStyle: colour, lineWidth: 1.8});
+    const points = values.map((v, n) => [x(n), y(v)]).filter(([, v]) => !Number.isNaN(v));
     c.setLineDash(DASHES[dash]);
-    c.beginPath();
-    let drawn = null;
-    values.forEach((v, n) => {
-      if (Number.isNaN(v)) drawn = null;
-      else drawn = (drawn === null ? c.moveTo(x(n), y(v)) : c.lineTo(x(n), y(v)), y(v));
-    });
-    c.stroke();
+    line(c, {strokeStyle: colour, lineWidth: 1.8}, ...points);
     c.setLineDash([]);
-    if (drawn !== null) ends.push({name, colour, y: drawn});
+    if (points.length) ends.push({name, colour, y: points.at(-1)[1]});
   }
   ends.sort((a, b) => a.y - b.y).forEach((end, n) => {
     if (n) end.y = Math.max(end.y, ends[n - 1].y + 11);
@@ -552,17 +507,15 @@ function drawChart(sheet, ink, title, steps, series, [low, high], unit = "", log
 // ---- the page -----------------------------------------------------------------------------------
 
 function control(name, suffix = "") {
-  const [label, allowed] = FIELDS[name], id = `pg-${name}${suffix}`, listed = !Array.isArray(allowed);
+  const [label, allowed] = FIELDS[name], id = `pg-${name}${suffix}`, slider = name === "p";
   const choices = {...allowed, ...(name === "rule" && suffix && {none: "no second rule"})};
-  const [low, high, step] = listed ? [] : allowed;
-  const box = listed
-    ? `<select id="${id}">${Object.entries(choices).map(([value, text]) =>
-      `<option value="${value}">${text}</option>`).join("")}</select>`
-    : `<input id="${id}" min="${low}" max="${high}" step="${step}" type="${name === "p"
-      ? "range" : "number"}">${name === "p" ? `<output for="${id}"></output>` : ""}`;
-  return `<div data-field="${name}"><label for="${id}">${label}</label> ${box}</div>`;
+  const options = Object.entries(choices).map(([value, text]) => `<option value="${value}">${text}`);
+  const box = !Array.isArray(allowed) ? `<select id="${id}">${options.join("")}</select>`
+    : `<input id="${id}" type="${slider ? "range" : "number"}" min="${allowed[0]}" max="${allowed[1]}"
+      step="${allowed[2]}">${slider ? `<output for="${id}"></output>` : ""}`;
+  return `<div><label for="${id}">${label}</label> ${box}</div>`;
 }
-const canvas = (name, ratio) => `<canvas data-sheet="${name}" data-ratio="${ratio}" role="img"></canvas>`;
+const canvas = (name, ratio) => `<canvas data-name="${name}" data-ratio="${ratio}" role="img"></canvas>`;
 const PAGE = `
 <div class="pg-bar"><button type="button" class="pg-run">Run</button>
 <button type="button" class="pg-step">Step</button>
@@ -582,13 +535,16 @@ function mount(place) {
   root.innerHTML = PAGE;
   place.replaceWith(root);
   const find = selector => root.querySelector(selector), all = s => [...root.querySelectorAll(s)];
-  const sheets = Object.fromEntries(all("canvas").map(c =>
-    [c.dataset.sheet, new Sheet(c, +c.dataset.ratio)]));
+  const sheets = Object.fromEntries(all("canvas").map(c => [c.dataset.name, new Sheet(c)]));
   const small = Object.assign(document.createElement("canvas"), {width: GRID, height: GRID})
     .getContext("2d");
   const calm = matchMedia("(prefers-reduced-motion: reduce)");
-  let settings, data, source, sides, history, ink, running, acts, drawnAt;
-  // acts: what a slow step shows, {phase, time}; the sides' gradients wait in side.g meanwhile
+  let settings, data, source, sides, history, ink, running, acts;
+  let waiting = 0, last = 0, drawnAt = 0; // of frames
+  // acts: {phase, time} of a slow step, whose gradients wait in side.g; null between two steps
+  const say = text => { find(".pg-says").textContent = text; };
+  const percent = v => `${(100 * v).toFixed(0)} %`;
+  const learning = () => sides.filter(side => side && !side.lost);
 
   function colours() {
     const css = getComputedStyle(root), get = name => css.getPropertyValue("--pg-" + name).trim();
@@ -602,49 +558,44 @@ function mount(place) {
     source = batches(data, seed);
     const sizes = [2, ...Array(layers).fill(units), DATA[name][1]];
     sides = settings.sides.map(choice => choice.rule === "none" ? null
-      : {learner: new Learner(choice, {sizes, activation, seed}), story: "", now: {}});
+      : {learner: new Learner(choice, {sizes, activation, seed})});
     history = {steps: [], every: 1, count: 0, sides: sides.map(() => [])};
     acts = null;
     run(false);
     record();
     say("Both rules start from the same weights. Press Run or Step.");
+    draw();
   }
   function record() {
-    sides.forEach((side, n) => side && !side.lost && (side.now = side.learner.measure(data)));
+    for (const side of learning()) side.now = side.learner.measure(data);
     if (history.count % history.every) return;
     history.steps.push(history.count);
     sides.forEach((side, n) => history.sides[n].push(side?.now));
     if (history.steps.length < 400) return;
-    const keep = (_, n) => n % 2 === 0; // the curves stay short
-    history.steps = history.steps.filter(keep);
-    history.sides = history.sides.map(each => each.filter(keep));
+    for (const list of [history.steps, ...history.sides]) // the curves stay short
+      list.splice(0, list.length, ...list.filter((_, n) => n % 2 === 0));
     history.every *= 2;
   }
   function begin() { // the next batch and what each rule makes of it; no weight has moved
-    const batch = source.next().value;
-    for (const side of sides.filter(side => side && !side.lost)) {
-      side.g = side.learner.gradients(batch.x, batch.y);
-      side.path = path(side.learner, side.g);
-      side.chosen = batch.rows[0];
+    const [x, y, [chosen]] = source.next().value;
+    for (const side of learning()) {
+      const g = side.learner.gradients(x, y);
+      Object.assign(side, {g, chosen, path: path(side.learner, g)});
     }
     acts = {phase: 0, time: 0};
   }
   function finish() {
-    for (const side of sides.filter(side => side && !side.lost)) {
+    for (const side of learning()) {
       side.learner.apply(side.g);
-      side.story = side.path.filter(phase => phase.shown).map(phase => phase.text).join(" ");
-      side.lost = !side.learner.W.flat(3).every(Number.isFinite);
-      if (!side.lost) continue;
-      side.story = "The weights have exploded: they are no numbers any more.";
-      run(running && sides.some(other => other && !other.lost));
+      side.lost = !side.learner.W.slice(1).flat(2).every(Number.isFinite);
     }
+    if (!learning().length) run(false);
     history.count++;
     acts = null;
   }
-  const phases = () => Math.max(...sides.map(side => side?.path?.length ?? 0));
   function next() { // one phase of a slow step further
     if (!acts) begin();
-    else if (++acts.phase < phases()) acts.time = 0;
+    else if (sides.some(side => acts.phase + 1 < side?.path.length)) acts = {phase: acts.phase + 1, time: 0};
     else {
       finish();
       record();
@@ -652,19 +603,18 @@ function mount(place) {
     }
   }
   function run(state) { // false, true, or "once" for a slow step that plays to its end
-    const before = running;
+    if (!state && running) say("Paused.");
     running = state;
     find(".pg-run").textContent = state === true ? "Pause" : "Run";
     for (const p of all(".pg-story")) p.ariaLive = state && settings.speed !== "slow" ? "off" : "polite";
-    if (!state && before) say("Paused.");
-    if (state && !before) requestAnimationFrame(frame);
+    if (state) waiting ||= requestAnimationFrame(frame);
   }
-  let last = 0;
   function frame(time) {
+    waiting = 0;
     if (!running) return draw();
+    waiting = requestAnimationFrame(frame);
     const passed = Math.min(time - last, 100);
     last = time;
-    requestAnimationFrame(frame);
     if (settings.speed === "slow") {
       const long = acts && Math.max(...sides.map(s => s?.path[acts.phase]?.hops.length ?? 0), 1);
       if (!acts || (acts.time += passed / 1100 / long) >= 1) next();
@@ -683,46 +633,37 @@ function mount(place) {
     }
     record();
   }
-  const say = text => { find(".pg-says").textContent = text; };
-  const percent = v => `${(100 * v).toFixed(0)} %`;
 
+  function story({lost, path, now: {angle}}) { // what just happened, in words
+    if (lost) return "The weights have exploded: they are no numbers any more.";
+    if (acts) return path[Math.min(acts.phase, path.length - 1)].text;
+    return (path ?? []).filter(phase => phase.shown).map(({text, shown: [l]}) => l && angle[l - 1] > 0.5
+      ? text.replace(/\.$/, ` (${angle[l - 1].toFixed(0)}° from BP).`) : text).join(" ");
+  }
   function draw() {
-    const {count, steps} = history, slow = acts !== null;
+    const {count, steps} = history;
     sides.forEach((side, n) => {
-      const suffix = n ? "2" : "", box = all(".pg-side")[n];
+      const box = all(".pg-side")[n], sheet = name => sheets[name + (n ? "2" : "")];
       box.classList.toggle("pg-none", !side);
       if (!side) return;
-      const {learner, now, g, path: phases = null} = side, L = learner.W.length - 1;
-      const phase = slow ? acts.phase : phases?.length;
-      const t = calm.matches || !slow ? 1 : acts.time;
-      drawNetwork(sheets["net" + suffix], ink, learner, g, phases, phase, t);
-      drawField(sheets["field" + suffix], ink, learner, data, side.chosen, small);
-      const lines = key => range(1, L).map(l => ({name: String(l), colour: ink.lines[l - 1],
-        dash: l - 1, values: history.sides[n].map(m => m[key][l - 1])}));
-      drawChart(sheets["angle" + suffix], ink, "angle to BP, by block", steps, lines("angle"), [0, 180], "°");
-      drawChart(sheets["norm" + suffix], ink, "size, in BP's", steps, lines("norm"), [1e-4, 1e4], "", true);
-      const story = slow ? phases[Math.min(phase, phases.length - 1)].text : side.story;
-      const line = box.querySelector(".pg-story");
-      if (line.textContent !== story && (slow || !running || count % 30 === 0)) line.textContent = story;
-      const numbers = `step ${count}: accuracy ${percent(now.accuracy)}, loss ${now.loss.toPrecision(3)}`;
-      box.querySelector(".pg-numbers").textContent = `${RULES[learner.choice.rule][0]}, ${numbers}`;
-      if (running) return;
-      const angles = now.angle.map(a => Number.isNaN(a) ? "none" : `${a.toFixed(0)}°`).join(", ");
-      const label = {net: `Network of ${L} blocks. ${story}`, field: `Decision field: ${numbers}`,
-        angle: `Angle to BP per block: ${angles}`,
-        norm: `Norm of the gradient per block, in BP's: ${now.norm.map(v => v.toPrecision(2)).join(", ")}`};
-      for (const [key, text] of Object.entries(label))
-        sheets[key + suffix].canvas.setAttribute("aria-label", text);
+      const {learner, now, g, path} = side, words = story(side);
+      drawNetwork(sheet("net"), ink, learner, g, path, acts ? acts.phase : path?.length,
+        acts && !calm.matches ? acts.time : 1);
+      drawField(sheet("field"), ink, learner, data, side.chosen, small);
+      for (const key of ["angle", "norm"])
+        drawChart(sheet(key), ink, key, steps, now[key].map((_, l) => ({name: String(l + 1), dash: l,
+          colour: ink.lines[l], values: history.sides[n].map(m => m[key][l])})));
+      const numbers = `accuracy ${percent(now.accuracy)}, loss ${now.loss.toPrecision(3)}`;
+      box.querySelector(".pg-numbers").textContent =
+        `${RULES[learner.choice.rule][0]}, step ${count}: ${numbers}`;
+      if (acts || !running || count % 30 === 0) box.querySelector(".pg-story").textContent = words;
+      sheet("net").canvas.ariaLabel = `Network. ${words}`;
+      sheet("field").canvas.ariaLabel = `Decision field: ${numbers}`;
     });
-    for (const [key, title, limits] of [["loss", "loss, nats", [0, 2]], ["accuracy", "accuracy", [0, 1]]]) {
-      const series = sides.map((side, n) => side && {name: "1st 2nd".split(" ")[n], dash: n,
-        colour: ink.lines[n], values: history.sides[n].map(m => m[key])}).filter(Boolean);
-      drawChart(sheets[key], ink, title, steps, series, limits);
-      if (!running) sheets[key].canvas.setAttribute("aria-label",
-        `${title}: ${sides.map(side => side?.now[key].toPrecision(2)).filter(Boolean).join(" and ")}`);
-    }
+    for (const key of ["loss", "accuracy"])
+      drawChart(sheets[key], ink, key, steps, sides.flatMap((side, n) => side ? [{dash: n,
+        name: ["1st", "2nd"][n], colour: ink.lines[n], values: history.sides[n].map(m => m[key])}] : []));
   }
-
   const fields = () => [...SHARED.map(name => [settings, name, ""]),
     ...settings.sides.flatMap((side, n) => OWN.map(name => [side, name, n ? "2" : ""]))];
   function show() { // the settings, in the controls
@@ -734,25 +675,24 @@ function mount(place) {
         ? name !== "rule" : !["rule", "rate", ...knobs].includes(name);
     }
   }
-  function follow() { // the address
-    settings = fromHash(location.hash);
+  function follow(hash) {
+    settings = fromHash(hash);
     show();
     reset();
-    draw();
   }
   root.addEventListener("change", ({target}) => {
     const [owner, name] = fields().find(([, name, suffix]) => target.id === `pg-${name}${suffix}`);
     owner[name] = legal(name, target.value);
+    if (name === "rule") Object.assign(owner, usual(owner.rule));
     show();
     window.history.replaceState(null, "", toHash(settings));
-    if (!LIVE.includes(name)) reset();
-    draw();
+    LIVE.includes(name) ? draw() : reset();
   });
   root.addEventListener("input", ({target}) => {
     if (target.nextElementSibling) target.nextElementSibling.value = target.value;
   });
   find(".pg-run").onclick = () => run(running !== true);
-  find(".pg-reset").onclick = () => { reset(); draw(); };
+  find(".pg-reset").onclick = reset;
   find(".pg-step").onclick = () => {
     const slow = settings.speed === "slow";
     if (slow && !calm.matches) return run("once");
@@ -763,14 +703,15 @@ function mount(place) {
   };
   addEventListener("hashchange", () => {
     if (!location.hash.includes("=")) return; // another place of the page
-    follow();
+    follow(location.hash);
     root.scrollIntoView({block: "nearest"});
     say("The settings of the link are in place. Press Run.");
   });
-  const fit = () => { Object.values(sheets).forEach(sheet => sheet.fit()); draw(); };
+  const fit = () => Object.values(sheets).forEach(sheet => sheet.fit());
   colours();
-  follow();
-  new ResizeObserver(fit).observe(root);
+  fit();
+  follow(location.hash);
+  new ResizeObserver(() => { fit(); draw(); }).observe(root);
   new MutationObserver(() => { colours(); draw(); })
     .observe(document.documentElement, {attributeFilter: ["data-theme"]});
 }
