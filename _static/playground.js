@@ -8,7 +8,6 @@
 globalThis.playground = (() => {
 
 // ---- the mathematics ----------------------------------------------------------------------------
-
 const ACTIVATIONS = { // f, and f'(a) from f(a)
   tanh: [Math.tanh, z => 1 - z * z],
   relu: [a => Math.max(a, 0), z => +(z > 0)],
@@ -58,7 +57,6 @@ function chain({L, e, slope, h}, matrix, {sent, descend = slope} = {}) {
   }
   return {delta, M, sent, r: [null, ...h]};
 }
-
 const SIGNALS = {
   bp: at => chain(at, l => at.W[l]),
   fa: at => chain(at, l => at.feedback["B" + l]),
@@ -129,7 +127,6 @@ function gradients({rule, options = {}, activation, W, b, feedback = {}, x, y}) 
 }
 
 // ---- networks, data, training -------------------------------------------------------------------
-
 function random(seed) { // mulberry32: the same draws in every browser
   let state = seed >>> 0;
   return () => {
@@ -227,7 +224,6 @@ function* batches({x, y}, seed) { // without end, shuffled anew in each epoch
 }
 
 // ---- what the reader chooses, and the address that keeps it ----
-
 const sub = l => "₀₁₂₃₄"[l];
 const above = (l, M, more) => `Block ${l} received δ${sub(l + 1)} times ${M}${sub(l + 1)}${more}.`;
 // label; its own knobs; the way of its signal; that matrix's letter; what it says of block l
@@ -295,19 +291,17 @@ function toHash(settings) {
 }
 
 // ---- the path of a step -------------------------------------------------------------------------
-
 // [{text, hops, shown}]: what happens after what in one step of a learner; a hop carries
 // flow(k, i) from unit k of layer `from` to unit i of layer `to`, for the batch's first sample;
 // `shown` are the layers whose signal is there afterwards.
 function path({choice, W}, g) {
   const L = W.length - 1, [, , way, letter, says] = RULES[choice.rule];
-  const h = l => g.h[l][0], up = (l, v = h(l - 1)) =>
-    ({from: l - 1, to: l, flow: (k, i) => W[l][i][k] * v[k]});
+  const up = (l, [v] = g.h[l - 1]) => ({from: l - 1, to: l, flow: (k, i) => W[l][i][k] * v[k]});
   const down = (from, to, flow, name) => ({from, to, flow, name});
-  const error = {text: "The output block received the error e = p − y.", hops: [], shown: [L]};
-  const hidden = range(1, L - 1), back = [...hidden].reverse();
-  const phases = [{text: "The ringed point runs forward.", hops: range(1, L).map(l => up(l))}, error];
-  if (way === "chain" || way === "direct") for (const l of back) {
+  const hidden = range(1, L - 1);
+  const phases = [{text: "The ringed point runs forward.", hops: range(1, L).map(l => up(l))},
+    {text: "The output block received the error e = p − y.", hops: [], shown: [L]}];
+  if (way === "chain" || way === "direct") for (const l of [...hidden].reverse()) {
     const from = way === "chain" ? l + 1 : L, [sent] = g.sent ?? g.delta[from];
     phases.push({text: says(l), shown: [l], hops: [down(from, l,
       (k, i) => sent[k] * g.M[l][k][i], letter + sub(way === "chain" ? l + 1 : l))]});
@@ -315,22 +309,19 @@ function path({choice, W}, g) {
   if (way === "input") {
     phases.push({text: "The error was added to the input, through F.", shown: [0],
       hops: [down(L, 0, (k, i) => g.e[0][k] * g.M[0][i][k], letter)]});
-    const change = l => g.err[l][0].map((v, i) => v - h(l)[i]);
     for (const l of range(1, L)) phases.push({shown: [l],
       text: l < L ? says(l) : "The output block's signal is the error of the second pass.",
-      hops: [{...up(l, change(l - 1)), name: l < L ? "2nd pass" : ""}]});
+      hops: [{...up(l, minus(g.err[l - 1], g.h[l - 1])), name: l < L ? "2nd pass" : ""}]});
   }
   if (way === "local") phases.splice(0, 1, ...hidden.map(l => ({text: says(l), shown: [l],
     hops: [up(l), down("heads", l, (k, i) => g.M[l][0][i], letter + sub(l))]})),
   {text: "The output block ran forward.", hops: [up(L)]});
-  if (way === "none") phases.push({text: "Nothing is sent to the hidden blocks.", hops: [],
-    shown: hidden});
+  if (way === "none") phases.push(...hidden.map(l => ({text: says(l), shown: [l], hops: []})));
   phases.push({text: "Each weight moved by its signal times its input.", hops: []});
   return phases;
 }
 
 // ---- drawing ------------------------------------------------------------------------------------
-
 const DASHES = [[], [6, 3], [2, 2], [8, 3, 2, 3]], GRID = 32;
 
 class Sheet { // a canvas as wide as its box; lengths are pixels of the page
@@ -348,9 +339,8 @@ class Sheet { // a canvas as wide as its box; lengths are pixels of the page
       fillStyle: ink.text, strokeStyle: ink.text, lineWidth: 1, globalAlpha: 1});
     return this.g;
   }
-  text(string, x, y, align = "center") {
-    this.g.textAlign = align;
-    this.g.fillText(string, x, y);
+  text(string, x, y, textAlign = "center") {
+    Object.assign(this.g, {textAlign}).fillText(string, x, y);
   }
 }
 function line(c, style, ...points) {
@@ -374,19 +364,13 @@ function mark(g, kind, x, y, r) { // a class has a shape beside its colour
 const PLANE = range(0, GRID * GRID - 1).map(n => [n % GRID, GRID - 1 - Math.floor(n / GRID)]
   .map(k => REACH * (2 * (k + 0.5) / GRID - 1)));
 function drawField(sheet, ink, learner, {x, y}, chosen, small) {
-  const g = sheet.clear(ink), {w} = sheet, classes = ink.classes.map(rgb), ground = rgb(ink.ground);
-  const logits = forward(learner, PLANE).h.at(-1), image = small.createImageData(GRID, GRID);
-  logits.forEach((row, n) => {
-    const p = softmax(row);
-    for (let c = 0; c < 3; c++) {
-      const full = p.reduce((sum, v, k) => sum + v * classes[k][c], 0);
-      image.data[4 * n + c] = 0.5 * ground[c] + 0.5 * full;
-    }
-    image.data[4 * n + 3] = 255;
-  });
+  const g = sheet.clear(ink), w = sheet.w, ground = rgb(ink.ground);
+  const channels = transpose(ink.classes.map(rgb)), image = small.createImageData(GRID, GRID);
+  forward(learner, PLANE).h.at(-1).map(softmax).forEach((p, n) => image.data.set(
+    [...channels.map((colours, c) => (ground[c] + dot(p, colours)) / 2), 255], 4 * n));
   small.putImageData(image, 0, 0);
-  g.drawImage(small.canvas, 0, 0, w, sheet.h);
-  const [px, py] = [v => (v / REACH + 1) * w / 2, v => (1 - v / REACH) * sheet.h / 2];
+  g.drawImage(small.canvas, 0, 0, w, w);
+  const px = v => (v / REACH + 1) * w / 2, py = v => (1 - v / REACH) * w / 2;
   ink.classes.forEach((colour, c) => {
     g.beginPath();
     x.forEach((point, n) => y[n] === c && mark(g, c, px(point[0]), py(point[1]), Math.max(2, w / 80)));
@@ -402,7 +386,7 @@ function drawField(sheet, ink, learner, {x, y}, chosen, small) {
 function drawNetwork(sheet, ink, learner, g, phases, now, t) {
   const c = sheet.clear(ink), {w, h} = sheet, L = learner.W.length - 1, floor = h - 62;
   const sizes = [learner.W[1][0].length, ...learner.W.slice(1).map(W => W.length)];
-  const x = l => 26 + l * (w - 52) / L, radius = Math.min(10, floor / 22);
+  const x = l => 26 + l * (w - 52) / L, radius = Math.max(1, Math.min(10, floor / 22));
   const y = (l, i) => 22 + (floor - 22) * (i + 0.5) / sizes[l];
   const sign = v => v < 0 ? ink.minus : ink.plus;
   for (let l = 1; l <= L; l++) {
@@ -415,7 +399,7 @@ function drawNetwork(sheet, ink, learner, g, phases, now, t) {
   const arrived = new Set(phases?.flatMap((phase, n) => n < now ? phase.shown ?? [] : []));
   const ran = phases && now < phases.length ? phases[now] : null;
   for (let l = 0; l <= L; l++) {
-    const signal = l ? g?.delta[l][0] : g?.err && g.r[1][0].map((v, i) => v - g.h[0][0][i]);
+    const signal = l ? g?.delta[l][0] : g?.err && minus(g.err[0], g.h[0])[0];
     const most = signal && (Math.max(...signal.map(Math.abs)) || 1);
     const shown = l < L || !g ? g?.h[l][0] : softmax(g.h[L][0]);
     for (let i = 0; i < sizes[l]; i++) {
@@ -505,7 +489,6 @@ function drawChart(sheet, ink, kind, steps, series) { // series [{name, values, 
 }
 
 // ---- the page -----------------------------------------------------------------------------------
-
 function control(name, suffix = "") {
   const [label, allowed] = FIELDS[name], id = `pg-${name}${suffix}`, slider = name === "p";
   const choices = {...allowed, ...(name === "rule" && suffix && {none: "no second rule"})};
@@ -531,21 +514,18 @@ const PAGE = `
 function mount(place) {
   const root = document.createElement("section");
   root.id = root.className = "playground";
-  root.setAttribute("aria-label", "Playground");
-  root.innerHTML = PAGE;
+  Object.assign(root, {ariaLabel: "Playground", innerHTML: PAGE});
   place.replaceWith(root);
   const find = selector => root.querySelector(selector), all = s => [...root.querySelectorAll(s)];
   const sheets = Object.fromEntries(all("canvas").map(c => [c.dataset.name, new Sheet(c)]));
   const small = Object.assign(document.createElement("canvas"), {width: GRID, height: GRID})
     .getContext("2d");
-  const calm = matchMedia("(prefers-reduced-motion: reduce)");
+  const boxes = all(".pg-side"), calm = matchMedia("(prefers-reduced-motion: reduce)");
   let settings, data, source, sides, history, ink, running, acts;
-  let waiting = 0, last = 0, drawnAt = 0; // of frames
+  let waiting = 0, last = 0, drawnAt = 0, turn = 0; // of frames
   // acts: {phase, time} of a slow step, whose gradients wait in side.g; null between two steps
   const say = text => { find(".pg-says").textContent = text; };
-  const percent = v => `${(100 * v).toFixed(0)} %`;
   const learning = () => sides.filter(side => side && !side.lost);
-
   function colours() {
     const css = getComputedStyle(root), get = name => css.getPropertyValue("--pg-" + name).trim();
     ink = Object.fromEntries(["text", "ground", "plus", "minus", "accent"].map(n => [n, get(n)]));
@@ -568,11 +548,11 @@ function mount(place) {
   }
   function record() {
     for (const side of learning()) side.now = side.learner.measure(data);
-    if (history.count % history.every) return;
+    if (history.count % history.every || history.steps.at(-1) === history.count) return;
     history.steps.push(history.count);
     sides.forEach((side, n) => history.sides[n].push(side?.now));
-    if (history.steps.length < 400) return;
-    for (const list of [history.steps, ...history.sides]) // the curves stay short
+    if (history.steps.length < 300) return; // the curves stay short
+    for (const list of [history.steps, ...history.sides])
       list.splice(0, list.length, ...list.filter((_, n) => n % 2 === 0));
     history.every *= 2;
   }
@@ -595,7 +575,8 @@ function mount(place) {
   }
   function next() { // one phase of a slow step further
     if (!acts) begin();
-    else if (sides.some(side => acts.phase + 1 < side?.path.length)) acts = {phase: acts.phase + 1, time: 0};
+    else if (sides.some(side => acts.phase + 1 < side?.path.length))
+      acts = {phase: acts.phase + 1, time: 0};
     else {
       finish();
       record();
@@ -606,15 +587,16 @@ function mount(place) {
     if (!state && running) say("Paused.");
     running = state;
     find(".pg-run").textContent = state === true ? "Pause" : "Run";
-    for (const p of all(".pg-story")) p.ariaLive = state && settings.speed !== "slow" ? "off" : "polite";
+    const ariaLive = state && settings.speed !== "slow" ? "off" : "polite";
+    for (const p of all(".pg-story")) Object.assign(p, {ariaLive});
     if (state) waiting ||= requestAnimationFrame(frame);
   }
   function frame(time) {
-    waiting = 0;
-    if (!running) return draw();
-    waiting = requestAnimationFrame(frame);
+    waiting = running && requestAnimationFrame(frame);
+    if (!running) return record(), draw();
     const passed = Math.min(time - last, 100);
     last = time;
+    turn = 1 - turn;
     if (settings.speed === "slow") {
       const long = acts && Math.max(...sides.map(s => s?.path[acts.phase]?.hops.length ?? 0), 1);
       if (!acts || (acts.time += passed / 1100 / long) >= 1) next();
@@ -631,9 +613,8 @@ function mount(place) {
       begin();
       finish();
     }
-    record();
+    if (!running || calm.matches || turn) record();
   }
-
   function story({lost, path, now: {angle}}) { // what just happened, in words
     if (lost) return "The weights have exploded: they are no numbers any more.";
     if (acts) return path[Math.min(acts.phase, path.length - 1)].text;
@@ -641,26 +622,26 @@ function mount(place) {
       ? text.replace(/\.$/, ` (${angle[l - 1].toFixed(0)}° from BP).`) : text).join(" ");
   }
   function draw() {
-    const {count, steps} = history;
+    const {count, steps} = history, all = !running || acts || calm.matches; // else in turn
     sides.forEach((side, n) => {
-      const box = all(".pg-side")[n], sheet = name => sheets[name + (n ? "2" : "")];
+      const box = boxes[n], sheet = name => sheets[name + (n ? "2" : "")];
       box.classList.toggle("pg-none", !side);
       if (!side) return;
       const {learner, now, g, path} = side, words = story(side);
       drawNetwork(sheet("net"), ink, learner, g, path, acts ? acts.phase : path?.length,
         acts && !calm.matches ? acts.time : 1);
-      drawField(sheet("field"), ink, learner, data, side.chosen, small);
-      for (const key of ["angle", "norm"])
+      if (all || !turn) drawField(sheet("field"), ink, learner, data, side.chosen, small);
+      if (all || turn) for (const key of ["angle", "norm"])
         drawChart(sheet(key), ink, key, steps, now[key].map((_, l) => ({name: String(l + 1), dash: l,
           colour: ink.lines[l], values: history.sides[n].map(m => m[key][l])})));
-      const numbers = `accuracy ${percent(now.accuracy)}, loss ${now.loss.toPrecision(3)}`;
+      const numbers = `accuracy ${(100 * now.accuracy).toFixed(0)} %, loss ${now.loss.toPrecision(3)}`;
       box.querySelector(".pg-numbers").textContent =
         `${RULES[learner.choice.rule][0]}, step ${count}: ${numbers}`;
       if (acts || !running || count % 30 === 0) box.querySelector(".pg-story").textContent = words;
       sheet("net").canvas.ariaLabel = `Network. ${words}`;
       sheet("field").canvas.ariaLabel = `Decision field: ${numbers}`;
     });
-    for (const key of ["loss", "accuracy"])
+    if (all || turn) for (const key of ["loss", "accuracy"])
       drawChart(sheets[key], ink, key, steps, sides.flatMap((side, n) => side ? [{dash: n,
         name: ["1st", "2nd"][n], colour: ink.lines[n], values: history.sides[n].map(m => m[key])}] : []));
   }
@@ -675,11 +656,7 @@ function mount(place) {
         ? name !== "rule" : !["rule", "rate", ...knobs].includes(name);
     }
   }
-  function follow(hash) {
-    settings = fromHash(hash);
-    show();
-    reset();
-  }
+  const follow = () => { settings = fromHash(location.hash), show(), reset(); };
   root.addEventListener("change", ({target}) => {
     const [owner, name] = fields().find(([, name, suffix]) => target.id === `pg-${name}${suffix}`);
     owner[name] = legal(name, target.value);
@@ -688,8 +665,8 @@ function mount(place) {
     window.history.replaceState(null, "", toHash(settings));
     LIVE.includes(name) ? draw() : reset();
   });
-  root.addEventListener("input", ({target}) => {
-    if (target.nextElementSibling) target.nextElementSibling.value = target.value;
+  root.addEventListener("input", ({target: {nextElementSibling: output, value}}) => {
+    if (output) output.value = value;
   });
   find(".pg-run").onclick = () => run(running !== true);
   find(".pg-reset").onclick = reset;
@@ -703,20 +680,21 @@ function mount(place) {
   };
   addEventListener("hashchange", () => {
     if (!location.hash.includes("=")) return; // another place of the page
-    follow(location.hash);
+    follow();
     root.scrollIntoView({block: "nearest"});
     say("The settings of the link are in place. Press Run.");
   });
   const fit = () => Object.values(sheets).forEach(sheet => sheet.fit());
-  colours();
-  fit();
-  follow(location.hash);
-  new ResizeObserver(() => { fit(); draw(); }).observe(root);
+  colours(), fit();
+  follow();
+  new ResizeObserver(() => {
+    if (!Object.values(sheets).every(({canvas, w}) => canvas.clientWidth === w)) fit(), draw();
+  }).observe(root);
   new MutationObserver(() => { colours(); draw(); })
     .observe(document.documentElement, {attributeFilter: ["data-theme"]});
 }
 
-if (globalThis.document) addEventListener("DOMContentLoaded", () => {
+globalThis.document?.addEventListener("DOMContentLoaded", () => {
   const place = document.getElementById("fig-playground");
   if (place) mount(place);
 });
