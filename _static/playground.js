@@ -260,8 +260,7 @@ const FIELDS = {
   leaders: ["Share that leads", [0.25, 1, 0.25], 0.5],
   p: ["Exponent p", [1, 3, 0.1], 1.5],
 };
-const SHARED = ["data", "layers", "units", "activation", "seed", "speed"];
-const OWN = Object.keys(FIELDS).slice(SHARED.length);
+const SHARED = Object.keys(FIELDS).slice(0, 6), OWN = Object.keys(FIELDS).slice(6);
 const LIVE = ["speed", "rate", "decay", "beta", "leaders", "p"]; // changed without a new start
 
 function legal(name, value) { // the value if the field can have it, or the field's own
@@ -323,7 +322,6 @@ function path({choice, W}, g) {
 
 // ---- drawing ------------------------------------------------------------------------------------
 const DASHES = [[], [6, 3], [2, 2], [8, 3, 2, 3]], GRID = 32;
-
 class Sheet { // a canvas as wide as its box; lengths are pixels of the page
   constructor(canvas) { Object.assign(this, {canvas, g: canvas.getContext("2d")}); }
   fit() {
@@ -432,7 +430,7 @@ function drawNetwork(sheet, ink, learner, g, phases, now, t) {
 }
 function drawWay(sheet, ink, {from, to, name}, x, top, state) { // state: 0 to come, 1 now, 2 done
   const c = sheet.g, colour = state === 1 ? ink.accent : ink.text, heads = from === "heads";
-  const x1 = x(to), x0 = heads ? x1 : x(from), deep = heads ? 0 : 12 + 11 * Math.abs(from - to);
+  const x1 = x(to), x0 = heads ? x1 : x(from), deep = heads ? 0 : 12 + 7 * Math.abs(from - to);
   Object.assign(c, {strokeStyle: colour, fillStyle: colour, lineWidth: state === 1 ? 3 : 1.5});
   c.setLineDash(state ? [] : [3, 3]);
   c.beginPath();
@@ -457,7 +455,7 @@ const CHARTS = {
   angle: ["angle to BP, by block", [[0, "0°"], [90, "90°"], [180, "180°"]], v => v],
   norm: ["size, in BP's", [[1e-4, "10⁻⁴"], [1, "1"], [1e4, "10⁴"]], Math.log10],
   loss: ["loss, nats", [[0, "0"], [1, "1"], [2, "2"]], v => v],
-  accuracy: ["accuracy", [[0, "0"], [0.5, "50 %"], [1, "100 %"]], v => v],
+  accuracy: ["accuracy", [[0, "0"], [0.5, "0.5"], [1, "1"]], v => v],
 };
 function drawChart(sheet, ink, kind, steps, series) { // series [{name, values, colour, dash}]
   const [title, ticks, at] = CHARTS[kind], last = v => Number.isNaN(v) ? "none" : v?.toPrecision(2);
@@ -618,8 +616,9 @@ function mount(place) {
   function story({lost, path, now: {angle}}) { // what just happened, in words
     if (lost) return "The weights have exploded: they are no numbers any more.";
     if (acts) return path[Math.min(acts.phase, path.length - 1)].text;
-    return (path ?? []).filter(phase => phase.shown).map(({text, shown: [l]}) => l && angle[l - 1] > 0.5
-      ? text.replace(/\.$/, ` (${angle[l - 1].toFixed(0)}° from BP).`) : text).join(" ");
+    const told = (text, l, hops) => hops.length && angle[l - 1] > 0.5
+      ? text.replace(/\.$/, ` (${angle[l - 1].toFixed(0)}° from BP).`) : text;
+    return path?.map(({text, shown, hops}) => shown ? told(text, shown[0], hops) : "").join(" ") ?? "";
   }
   function draw() {
     const {count, steps} = history, all = !running || acts || calm.matches; // else in turn
