@@ -30,10 +30,12 @@ BLOCKS = {
     "experiments": (["Setup", "Break it"], 6000),
     "exercises": (["Setup", "Exercises", "Project", "Questions", "Reading", "Versions"], 4000),
     "notation": (["Setup"], 6000),
+    "audit": (["The question", "Setup", "Cheats", "What it cannot see", "Recap"], 4000),
     "theorems": (["Setup"], 2500),
     "your_rule": (
         ["The question", "Setup", "Notation", "The rule", "First checks", "The audit",
          "The theorem", "Try it", "Its place", "The project", "Questions", "Recap"], 3500,
+    ),
     "two_more_ways": (
         ["The question", "Setup", "Notation", "The rule", "Build it", "Check it", "Try it",
          "The paper and we", "Recap", "When is it backprop?", "Questions", "Reading"], 3000,

@@ -1,6 +1,5 @@
 """The playground: its JavaScript computes what the library computes, and its page shows it."""
 
-import random
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
