@@ -684,8 +684,7 @@ function mount(place) {
     say("The settings of the link are in place. Press Run.");
   });
   const fit = () => Object.values(sheets).forEach(sheet => sheet.fit());
-  colours(), fit();
-  follow();
+  colours(), fit(), follow();
   new ResizeObserver(() => {
     if (!Object.values(sheets).every(({canvas, w}) => canvas.clientWidth === w)) fit(), draw();
   }).observe(root);
