@@ -147,8 +147,9 @@ class OfRule:
 
     def signals(self, *change: Callable) -> list[Tensor]:
         """Their weight gradients."""
-        told = zip(self.rule.net, self.told(*change), strict=True)
-        return [block.outer(delta, r)["weight"] for block, (r, delta, *_) in told]
+        told = zip(self.blocks.values(), self.rule.net, self.told(*change), strict=True)
+        return [dict(*own).get(weight, block.outer(delta, r)["weight"])
+                for [weight], block, (r, delta, *own) in told]  # fmt: skip
 
     def forward(self) -> object:
         return self.rule.net.trace(self.params, self.x)
