@@ -225,22 +225,21 @@ function* batches({x, y}, seed) { // without end, shuffled anew in each epoch
 
 // ---- what the reader chooses, and the address that keeps it ----
 const sub = l => "₀₁₂₃₄"[l];
-const above = (l, M, more) => `Block ${l} received δ${sub(l + 1)} times ${M}${sub(l + 1)}${more}.`;
+const above = (l, M) => `Block ${l} received δ# times ${M}.`.replaceAll("#", sub(l + 1));
 // label; its own knobs; the way of its signal; that matrix's letter; what it says of block l
 const RULES = {
-  bp: ["BP", [], "chain", "W", l => above(l, "W", ", the weights themselves")],
-  fa: ["FA", ["scale"], "chain", "B", l => above(l, "B", ", random and fixed")],
-  sign: ["sign symmetry", ["scale"], "chain", "±", l => above(l, "the signs of W", "")],
-  kp: ["Kolen-Pollack", ["scale", "decay"], "chain", "B", l => above(l, "B", ", which learns with W")],
+  bp: ["BP", [], "chain", "W", l => above(l, "W#, the weights themselves")],
+  fa: ["FA", ["scale"], "chain", "B", l => above(l, "B#, random and fixed")],
+  sign: ["sign symmetry", ["scale"], "chain", "±", l => above(l, "the signs of W#")],
+  kp: ["Kolen-Pollack", ["scale", "decay"], "chain", "B", l => above(l, "B#, which learns with W#")],
   dfa: ["DFA", ["scale"], "direct", "D", l => `Block ${l} received the error times D${sub(l)}.`],
   drtp: ["DRTP", ["scale"], "direct", "D", l => `Block ${l} received the label times D${sub(l)}.`],
   pepita: ["PEPITA", ["scale"], "input", "F", l =>
     `Block ${l} received what its second answer lacks: h${sub(l)} − h${sub(l)}ᵉʳʳ.`],
-  ekdaa: ["EKDAA", ["beta"], "chain", "E", l =>
-    above(l, "E", ", made a target of it, and learns from its distance")],
+  ekdaa: ["EKDAA", ["beta"], "chain", "E", l => above(l, "E#, which sets its target")],
   lfnn: ["LFNN-l", ["leaders"], "local", "V", l =>
     `Block ${l} was taught by its own heads V${sub(l)}, and by nothing above it.`],
-  attention: ["attention", ["p"], "chain", "α′", l => above(l, "α′(W)", "")],
+  attention: ["attention", ["p"], "chain", "α′", l => above(l, "α′(W#)")],
   frozen: ["frozen", [], "none", "", l => `Block ${l} received nothing.`],
 };
 const names = entries => Object.fromEntries(Object.entries(entries).map(([k, v]) => [k, v[0]]));
@@ -444,7 +443,7 @@ function drawWay(sheet, ink, {from, to, name}, x, top, state) { // state: 0 to c
   const half = c.measureText(name).width / 2 + 3;
   const [mx, my] = heads ? [x1, top + 31] : [x1 + (x0 - x1) * 0.3, top + deep * 0.84 + 2];
   c.fillStyle = ink.ground;
-  if (name) c.fillRect(mx - half, my - 8, 2 * half, 16);
+  if (name) c.fillRect(mx - half, my - 6, 2 * half, 13);
   if (heads) c.strokeRect(mx - half, my - 8, 2 * half, 16);
   c.fillStyle = colour;
   sheet.text(name, mx, my);
@@ -480,7 +479,8 @@ function drawChart(sheet, ink, kind, steps, series) { // series [{name, values, 
     if (points.length) ends.push({name, colour, y: points.at(-1)[1]});
   }
   ends.sort((a, b) => a.y - b.y).forEach((end, n) => {
-    if (n) end.y = Math.max(end.y, ends[n - 1].y + 11);
+    const lowest = h - 6 - 11 * (ends.length - 1 - n); // names do not cover one another
+    end.y = Math.min(lowest, Math.max(end.y, n ? ends[n - 1].y + 11 : 0));
     c.fillStyle = end.colour;
     sheet.text(end.name, w - 22, end.y, "left");
   });
@@ -582,7 +582,7 @@ function mount(place) {
     }
   }
   function run(state) { // false, true, or "once" for a slow step that plays to its end
-    if (!state && running) say("Paused.");
+    if (!state !== !running) say(state ? "Running." : "Paused.");
     running = state;
     find(".pg-run").textContent = state === true ? "Pause" : "Run";
     const ariaLive = state && settings.speed !== "slow" ? "off" : "polite";
@@ -680,7 +680,7 @@ function mount(place) {
   addEventListener("hashchange", () => {
     if (!location.hash.includes("=")) return; // another place of the page
     follow();
-    root.scrollIntoView({block: "nearest"});
+    root.scrollIntoView();
     say("The settings of the link are in place. Press Run.");
   });
   const fit = () => Object.values(sheets).forEach(sheet => sheet.fit());

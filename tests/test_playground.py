@@ -42,6 +42,9 @@ RULES: dict[str, tuple[str, Callable[..., bpfree.Rule], dict[str, Any]]] = {
         "lfnn", partial(bpfree.LeaderFollower, workers=5),
         {"leaders": 0.5, "lambda_leader": 0.8, "lambda_follower": 0.6},
     ),
+    "ekdaa, as usual": ("ekdaa", bpfree.EKDAA, {}),
+    "lfnn-l, as usual": ("lfnn", partial(bpfree.LeaderFollower, workers=6), {}),
+    "attention, as usual": ("attention", bpfree.NextLayerAttention, {}),
     "lfnn-l, all lead": ("lfnn", partial(bpfree.LeaderFollower, workers=3), {"leaders": 1.0}),
     "attention": ("attention", bpfree.NextLayerAttention, {"p": 1.5}),
     "attention, p = 1": ("attention", bpfree.NextLayerAttention, {"p": 1.0}),
@@ -143,6 +146,55 @@ def test_a_wrong_line_is_seen(browser, case, right, wrong):
     found = [furthest(both(tab, case, "tanh", [3, 5, 4, 6, 2], 4, seed)) for seed in range(3)]
     tab.close()
     assert min(found) > 1e-4
+
+
+def test_angles_and_sizes_are_the_librarys(sound):
+    found, net = sound.evaluate("""() => {
+      const points = playground.sample("moons", 3), settings = {sizes: [2, 5, 4, 2], seed: 3};
+      const learner = new playground.Learner(
+        {rule: "fa", rate: 0.1, scale: 0.7}, {...settings, activation: "tanh"});
+      return [learner.measure(points), {...learner, ...points}];
+    }""")
+    rule = bpfree.FeedbackAlignment(bpfree.mlp(2, 5, 4, 2, activation="tanh", bias=True)).double()
+    rule.net.double()
+    values = [v for l in (1, 2, 3) for v in (net["W"][l], net["b"][l])]
+    for p, value in zip([*rule.net.parameters(), *rule.buffers()],
+                        [*values, *net["feedback"].values()], strict=True):  # fmt: skip
+        p.data = torch.tensor(value, dtype=torch.float64)
+    x, y = torch.tensor(net["x"], dtype=torch.float64), torch.tensor(net["y"])
+    for ours, theirs in zip(
+        bpfree.alignment(rule, x, y), (found["angle"], found["norm"]), strict=True
+    ):
+        torch.testing.assert_close(
+            ours, torch.tensor(theirs, dtype=ours.dtype), atol=1e-6, rtol=1e-9
+        )
+    assert found["accuracy"] == float((rule.net(x).argmax(1) == y).double().mean())
+
+
+def test_weights_and_feedback_move_as_the_theorems_say(sound):
+    """T2 of Kolen-Pollack and T8 of EKDAA hold at each step only if it is plain SGD with decay."""
+    rate, decay, gamma, n = 0.3, 0.02, 0.1, 50
+    for choice in ({"rule": "kp", "scale": 0.7, "decay": decay}, {"rule": "ekdaa", "beta": 0.9}):
+        (W0, M0), (W, M) = (
+            [torch.tensor(A, dtype=torch.float64) for A in pair]
+            for pair in sound.evaluate("""([choice, n]) => {
+              const points = playground.sample("moons", 1), source = playground.batches(points, 1);
+              const settings = {sizes: [2, 5, 4, 2], seed: 1, activation: "tanh"};
+              const learner = new playground.Learner(choice, settings), M = choice.rule === "kp";
+              const both = () => [learner.W[2], learner.feedback[M ? "B2" : "E2"]];
+              const start = both();
+              for (; n > 0; n--) {
+                const [x, y] = source.next().value;
+                learner.apply(learner.gradients(x, y));
+              }
+              return [start, both()];
+            }""", [{"rate": rate, **choice}, n])
+        )  # fmt: skip
+        assert (W - W0).norm() > 0.1
+        if choice["rule"] == "kp":
+            torch.testing.assert_close(M - W, (1 - rate * decay) ** n * (M0 - W0))
+        else:
+            torch.testing.assert_close(M, (1 - gamma) * W0 + gamma * W)
 
 
 # ---- what the page promises ---------------------------------------------------------------------
