@@ -6,7 +6,6 @@
 // is x, a matrix is an array of rows, feedback has the library's names (B2, D1, F, E2, V1).
 "use strict";
 globalThis.playground = (() => {
-
 // ---- the mathematics ----------------------------------------------------------------------------
 const ACTIVATIONS = { // f, and f'(a) from f(a)
   tanh: [Math.tanh, z => 1 - z * z],
@@ -45,7 +44,7 @@ function forward({W, b, activation}, X) {
   return {a, h};
 }
 
-// What each rule says: delta[l], the teaching signal of block l, and r[l], its presynaptic activity;
+// What each rule says: delta[l], the teaching signal of block l; r[l], its presynaptic activity;
 // own, the gradients of what the rule learns itself; and for the drawing M[l], by which the signal
 // came to block l (of LFNN-l: what came).
 function chain({L, e, slope, h}, matrix, {sent, descend = slope} = {}) {
@@ -149,7 +148,6 @@ const DATA = { // name -> [label, classes, (class, part of it in 0..1, draw) => 
     return [i, j].map(k => k - 1.92 + 0.84 * draw());
   }, 0],
 };
-
 function sample(name, seed) {
   const draw = random(1000 + seed), [, classes, place, noise] = DATA[name];
   const normal = () => Math.sqrt(-2 * Math.log(1 - draw())) * Math.cos(2 * Math.PI * draw());
@@ -177,7 +175,6 @@ function start({rule, scale = 1, workers = 4}, {sizes, activation, seed}) {
   if (rule === "pepita") feedback.F = transpose(make(C, sizes[0], 1, 3, scale));
   return {activation, W, b, feedback};
 }
-
 const descend = (A, G, rate, decay) => A.map((v, i) => Array.isArray(v)
   ? descend(v, G[i], rate, decay) : v - rate * (G[i] + decay * v));
 
@@ -197,20 +194,21 @@ class Learner { // one rule on one network
     for (const [name, grad] of Object.entries(g.own))
       this.feedback[name] = descend(this.feedback[name], grad, rate, decay);
   }
-  measure({x, y}) { // on all points: loss, accuracy; per block the angle to BP and the ratio of norms
+  measure({x, y}) { // on all points; per block the angle to BP and the ratio of norms
     const g = this.gradients(x, y), bp = this.gradients(x, y, "bp"), L = this.W.length - 1;
     const right = y.filter((c, n) => g.h[L][n].every(v => v <= g.h[L][n][c])).length;
     const pairs = range(1, L).map(l => [g.W[l].flat(), bp.W[l].flat()]);
     return {
-      loss: g.loss, accuracy: right / y.length, angle: pairs.map(([u, v]) => angle(u, v)),
-      norm: pairs.map(([u, v]) => norm(u) / norm(v)), weight: this.W.slice(1).map(A => norm(A.flat())),
+      loss: g.loss, accuracy: right / y.length, weight: this.W.slice(1).map(A => norm(A.flat())),
+      angle: pairs.map(([u, v]) => angle(u, v)), norm: pairs.map(([u, v]) => norm(u) / norm(v)),
     };
   }
 }
 const norm = u => Math.sqrt(dot(u, u));
 function angle(u, v) { // in degrees; Kahan's form, as in bpfree.measure
-  const a = norm(u), b = norm(v), [p, q] = [u.map(w => w / a), v.map(w => w / b)];
-  return 360 / Math.PI * Math.atan2(norm(p.map((w, i) => w - q[i])), norm(p.map((w, i) => w + q[i])));
+  const a = norm(u), b = norm(v);
+  const [apart, along] = [-1, 1].map(sign => norm(u.map((w, i) => w / a + sign * v[i] / b)));
+  return 360 / Math.PI * Math.atan2(apart, along);
 }
 function* batches({x, y}, seed) { // without end, shuffled anew in each epoch
   for (const draw = random(2000 + seed), order = range(0, y.length - 1);;) {
@@ -231,7 +229,7 @@ const RULES = {
   bp: ["BP", [], "chain", "W", l => above(l, "W#, the weights themselves")],
   fa: ["FA", ["scale"], "chain", "B", l => above(l, "B#, random and fixed")],
   sign: ["sign symmetry", ["scale"], "chain", "±", l => above(l, "the signs of W#")],
-  kp: ["Kolen-Pollack", ["scale", "decay"], "chain", "B", l => above(l, "B#, which learns with W#")],
+  kp: ["Kolen-Pollack", ["scale", "decay"], "chain", "B", l => above(l, "B#, which learns as W#")],
   dfa: ["DFA", ["scale"], "direct", "D", l => `Block ${l} received the error times D${sub(l)}.`],
   drtp: ["DRTP", ["scale"], "direct", "D", l => `Block ${l} received the label times D${sub(l)}.`],
   pepita: ["PEPITA", ["scale"], "input", "F", l =>
@@ -250,7 +248,7 @@ const FIELDS = {
   units: ["Units in each", [2, 8, 1], 6],
   activation: ["Activation", {tanh: "tanh", relu: "ReLU"}, "tanh"],
   seed: ["Seed", [0, 9999, 1], 1],
-  speed: ["Speed", {slow: "slow, path by path", one: "1 step a frame", ten: "10 steps a frame"}, "one"],
+  speed: ["Speed", {slow: "slow, path by path", one: "1 step a frame", ten: "10 a frame"}, "one"],
   rule: ["Rule", names(RULES), "fa"],
   rate: ["Rate η", [0, 100, "any"], 0.1],
   scale: ["Feedback scale", [0.001, 1000, "any"], 1],
@@ -332,8 +330,8 @@ class Sheet { // a canvas as wide as its box; lengths are pixels of the page
   }
   clear(ink) {
     this.g.clearRect(0, 0, this.w, this.h);
-    Object.assign(this.g, {font: "12px system-ui, sans-serif", textBaseline: "middle", lineJoin: "round",
-      fillStyle: ink.text, strokeStyle: ink.text, lineWidth: 1, globalAlpha: 1});
+    Object.assign(this.g, {font: "12px system-ui, sans-serif", textBaseline: "middle",
+      lineJoin: "round", fillStyle: ink.text, strokeStyle: ink.text, lineWidth: 1, globalAlpha: 1});
     return this.g;
   }
   text(string, x, y, textAlign = "center") {
@@ -370,7 +368,7 @@ function drawField(sheet, ink, learner, {x, y}, chosen, small) {
   const px = v => (v / REACH + 1) * w / 2, py = v => (1 - v / REACH) * w / 2;
   ink.classes.forEach((colour, c) => {
     g.beginPath();
-    x.forEach((point, n) => y[n] === c && mark(g, c, px(point[0]), py(point[1]), Math.max(2, w / 80)));
+    x.forEach(([u, v], n) => y[n] === c && mark(g, c, px(u), py(v), Math.max(2, w / 80)));
     Object.assign(g, {fillStyle: colour, strokeStyle: ink.ground, lineWidth: 1.4}).stroke();
     g.fill();
   });
@@ -378,8 +376,8 @@ function drawField(sheet, ink, learner, {x, y}, chosen, small) {
   if (chosen !== undefined) disc(g, px(x[chosen][0]), py(x[chosen][1]), 8, ring, "stroke");
 }
 
-// The network: activities in the units, weights between them, and as rings the teaching signals that
-// have arrived. Below it runs the path; `now` is the phase and `t` in 0..1 how far it is.
+// The network: activities in the units, weights between them, and as rings the signals that have
+// arrived. Below it runs the path; `now` is the phase and `t` in 0..1 how far it is.
 function drawNetwork(sheet, ink, learner, g, phases, now, t) {
   const c = sheet.clear(ink), {w, h} = sheet, L = learner.W.length - 1, floor = h - 62;
   const sizes = [learner.W[1][0].length, ...learner.W.slice(1).map(W => W.length)];
@@ -490,20 +488,22 @@ function drawChart(sheet, ink, kind, steps, series) { // series [{name, values, 
 function control(name, suffix = "") {
   const [label, allowed] = FIELDS[name], id = `pg-${name}${suffix}`, slider = name === "p";
   const choices = {...allowed, ...(name === "rule" && suffix && {none: "no second rule"})};
-  const options = Object.entries(choices).map(([value, text]) => `<option value="${value}">${text}`);
+  const options = Object.entries(choices).map(([key, text]) => `<option value="${key}">${text}`);
   const box = !Array.isArray(allowed) ? `<select id="${id}">${options.join("")}</select>`
-    : `<input id="${id}" type="${slider ? "range" : "number"}" min="${allowed[0]}" max="${allowed[1]}"
-      step="${allowed[2]}">${slider ? `<output for="${id}"></output>` : ""}`;
+    : `<input id="${id}" type="${slider ? "range" : "number"}" min="${allowed[0]}"
+      max="${allowed[1]}" step="${allowed[2]}">${slider ? `<output for="${id}"></output>` : ""}`;
   return `<div><label for="${id}">${label}</label> ${box}</div>`;
 }
-const canvas = (name, ratio) => `<canvas data-name="${name}" data-ratio="${ratio}" role="img"></canvas>`;
+const canvas = (name, ratio) =>
+  `<canvas data-name="${name}" data-ratio="${ratio}" role="img"></canvas>`;
 const PAGE = `
 <div class="pg-bar"><button type="button" class="pg-run">Run</button>
 <button type="button" class="pg-step">Step</button>
 <button type="button" class="pg-reset">Reset</button><p class="pg-says" role="status"></p></div>
-<fieldset class="pg-fields"><legend>Network and data</legend>${SHARED.map(n => control(n)).join("")}</fieldset>
+<fieldset class="pg-fields"><legend>Network and data</legend>${
+  SHARED.map(name => control(name)).join("")}</fieldset>
 <div class="pg-sides">${["", "2"].map(n => `<div class="pg-side"><fieldset class="pg-fields">
-<legend>${n ? "Second" : "First"} rule</legend>${OWN.map(name => control(name, n)).join("")}</fieldset>
+<legend>${n ? "Second" : "First"} rule</legend>${OWN.map(k => control(k, n)).join("")}</fieldset>
 <div class="pg-work"><p class="pg-numbers"></p>${canvas("net" + n, 0.72)}<p class="pg-story"></p>
 <div class="pg-pair">${canvas("field" + n, 1)}<div>${canvas("angle" + n, 0.52)}${
   canvas("norm" + n, 0.52)}</div></div></div></div>`).join("")}</div>
@@ -616,9 +616,9 @@ function mount(place) {
   function story({lost, path, now: {angle}}) { // what just happened, in words
     if (lost) return "The weights have exploded: they are no numbers any more.";
     if (acts) return path[Math.min(acts.phase, path.length - 1)].text;
-    const told = (text, l, hops) => hops.length && angle[l - 1] > 0.5
-      ? text.replace(/\.$/, ` (${angle[l - 1].toFixed(0)}° from BP).`) : text;
-    return path?.map(({text, shown, hops}) => shown ? told(text, shown[0], hops) : "").join(" ") ?? "";
+    return (path ?? []).filter(({shown}) => shown).map(({text, shown: [l], hops}) => hops.length
+      && angle[l - 1] > 0.5 ? text.replace(".", ` (${angle[l - 1].toFixed(0)}° from BP).`) : text
+    ).join(" ");
   }
   function draw() {
     const {count, steps} = history, all = !running || acts || calm.matches; // else in turn
@@ -631,9 +631,9 @@ function mount(place) {
         acts && !calm.matches ? acts.time : 1);
       if (all || !turn) drawField(sheet("field"), ink, learner, data, side.chosen, small);
       if (all || turn) for (const key of ["angle", "norm"])
-        drawChart(sheet(key), ink, key, steps, now[key].map((_, l) => ({name: String(l + 1), dash: l,
+        drawChart(sheet(key), ink, key, steps, now[key].map((_, l) => ({name: `${l + 1}`, dash: l,
           colour: ink.lines[l], values: history.sides[n].map(m => m[key][l])})));
-      const numbers = `accuracy ${(100 * now.accuracy).toFixed(0)} %, loss ${now.loss.toPrecision(3)}`;
+      const numbers = `accuracy ${Math.round(100 * now.accuracy)} %, loss ${now.loss.toFixed(3)}`;
       box.querySelector(".pg-numbers").textContent =
         `${RULES[learner.choice.rule][0]}, step ${count}: ${numbers}`;
       if (acts || !running || count % 30 === 0) box.querySelector(".pg-story").textContent = words;
@@ -641,8 +641,8 @@ function mount(place) {
       sheet("field").canvas.ariaLabel = `Decision field: ${numbers}`;
     });
     if (all || turn) for (const key of ["loss", "accuracy"])
-      drawChart(sheets[key], ink, key, steps, sides.flatMap((side, n) => side ? [{dash: n,
-        name: ["1st", "2nd"][n], colour: ink.lines[n], values: history.sides[n].map(m => m[key])}] : []));
+      drawChart(sheets[key], ink, key, steps, sides.map((side, n) => ({name: ["1st", "2nd"][n],
+        dash: n, colour: ink.lines[n], values: history.sides[n].map(m => m?.[key] ?? NaN)})));
   }
   const fields = () => [...SHARED.map(name => [settings, name, ""]),
     ...settings.sides.flatMap((side, n) => OWN.map(name => [side, name, n ? "2" : ""]))];
