@@ -662,7 +662,7 @@ function mount(place) {
     if (name === "rule") Object.assign(owner, usual(owner.rule));
     show();
     window.history.replaceState(null, "", toHash(settings));
-    LIVE.includes(name) ? draw() : reset();
+    LIVE.includes(name) ? (record(), draw()) : reset();
   });
   root.addEventListener("input", ({target: {nextElementSibling: output, value}}) => {
     if (output) output.value = value;

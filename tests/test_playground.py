@@ -356,6 +356,21 @@ def test_the_address_keeps_what_is_chosen(reader):
     again.wait_for_function("document.querySelector('#pg-rule').value === 'dfa'")
 
 
+def test_the_dial_turns_while_it_runs(reader):
+    page = reader(LINKS["Run attention"][1:])
+    angles = (
+        r"document.querySelector('[data-name=angle]').ariaLabel.match(/\d[\d.e-]*/g).map(Number)"
+    )
+    page.click(".pg-run")
+    page.wait_for_function("/step [1-9]/.test(document.querySelector('.pg-numbers').textContent)")
+    assert page.evaluate(angles)[0] > 10
+    page.fill("#pg-p", "2")
+    page.dispatch_event("#pg-p", "change")
+    page.wait_for_function(f"Math.max(...{angles}) < 1e-3")
+    assert steps(page) > 1  # no new start
+    assert "p=2&" in page.url
+
+
 def test_the_keyboard_runs_it(reader):
     page = reader("rule=fa")
     page.focus(".pg-run")
