@@ -9,7 +9,8 @@ export OMP_NUM_THREADS := 1
 # The numbers of another processor: no vector instructions but the oldest, another order of sums
 OTHER := ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 MKL_CBWR=COMPATIBLE
 TWO := OMP_NUM_THREADS=2 OMP_WAIT_POLICY=passive
-UNITS := $(BIN)/pytest tests --ignore=tests/test_book.py --ignore=tests/test_browser.py -p no:nbval -rs -n 2
+BROWSED := $(wildcard $(patsubst %,tests/test_%.py,book browser playground explorer))
+UNITS := $(BIN)/pytest tests $(BROWSED:%=--ignore=%) -p no:nbval -rs -n 2
 PAGES := $(BIN)/pytest --nbval chapters --ignore=chapters/text --dist loadfile -n 2
 
 .PHONY: book test test-units test-mutants test-pages test-book test-arithmetic test-threads lab notebooks figures env lint clean
@@ -34,7 +35,7 @@ test-mutants: env
 
 test-book: env
 	$(BIN)/jupyter-book build . --all --quiet -W -n --keep-going
-	$(BIN)/pytest tests/test_book.py tests/test_browser.py -p no:nbval -rs -n 2
+	$(BIN)/pytest $(BROWSED) -p no:nbval -rs -n 2
 
 # each page alone in a folder, as in Colab
 test-threads: env
