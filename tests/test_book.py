@@ -32,6 +32,11 @@ BLOCKS = {
     "notation": (["Setup"], 6000),
     "audit": (["The question", "Setup", "Cheats", "What it cannot see", "Recap"], 4000),
     "theorems": (["Setup"], 2500),
+    "side_by_side": (
+        ["The question", "Setup", "Accuracy", "Choose and look", "Alignment",
+         "Arithmetic, time and memory", "Locality", "Robustness", "Forgetting",
+         "What each rule still needs", "Recap"], 4000,
+    ),
     "your_rule": (
         ["The question", "Setup", "Notation", "The rule", "First checks", "The audit",
          "The theorem", "Try it", "Its place", "The project", "Questions", "Recap"], 3500,
