@@ -66,6 +66,7 @@ figures: env
 	$(BIN)/python figures/paths.py
 	$(BIN)/python figures/modulators.py
 	$(BIN)/python figures/landing.py
+	$(BIN)/python figures/explorer.py
 
 env: $(VENV)/.installed
 
