@@ -135,7 +135,8 @@ function mount(place) {
     select.value = state.experiment.id;
     root.querySelector(".ex-arms").innerHTML = state.experiment.arms.map(row).join("");
     for (const box of boxes()) box.checked = state.shown.has(box.value);
-    slider.max = slider.value = Math.max(...state.experiment.arms.map(arm => arm.mean.length));
+    slider.max = Math.max(...state.experiment.arms.map(arm => arm.mean.length));
+    slider.value = slider.max; // to the end
     draw();
   }
   function keep() {

@@ -64,9 +64,9 @@ def group(recipe: dict) -> tuple[str, str]:
     return SAME.get(head + data, head + data), arm[1:]
 
 
-def experiments() -> dict[str, dict[str, dict]]:
-    """{experiment: {arm: record}}, chapter by chapter: all but sequences of tasks, and what has
-    nothing beside it yet."""
+def experiments(least: int = 2) -> dict[str, dict[str, dict]]:
+    """{experiment: {arm: record}}, chapter by chapter: all but sequences of tasks, and
+    experiments of which fewer than ``least`` arms are recorded."""
     found: dict[str, dict[str, dict]] = {}
     for name in recipes.RECIPES:
         if not name.startswith("continual") and results.path(name).exists():
@@ -83,7 +83,7 @@ def experiments() -> dict[str, dict[str, dict]]:
     return {
         name: found[name]
         for name in sorted(found, key=lambda name: chapters.index(name.partition("-")[0]))
-        if len(found[name]) > 1
+        if len(found[name]) >= least
     }
 
 
