@@ -5,12 +5,11 @@
 // page has its place; elsewhere it does nothing. An arm is a rule with its options.
 "use strict";
 (() => {
-const find = selector => document.querySelector(selector);
 const last = list => list[list.length - 1];
 const spread = ({mean, sd}, n) => mean[n].toFixed(2) + (sd ? ` ± ${sd[n].toFixed(2)}` : "");
 const epochs = n => `${n} epoch${n > 1 ? "s" : ""}`;
 const final = arm => arm.seeds ? spread(arm, arm.mean.length - 1)
-  : `diverged after ${epochs(arm.mean.length)}`;
+  : `no number after ${epochs(arm.mean.length)}`;
 const ink = ({colour}) => `--ex-own: ${colour === "#000000" ? "var(--ex-text)" : colour}`;
 const dashes = ({dash}) => dash.map(length => 2 * length).join(" ");
 
@@ -21,10 +20,12 @@ function fromHash(hash) {
   const said = new Map(hash.slice(1).split("&").map(part => part.split("=")));
   const experiment = explorerData.find(each => each.id === said.get("experiment")) ?? explorerData[0];
   const ids = said.get("rules")?.split(",") ?? usual(experiment.arms);
-  return {experiment, shown: new Set(experiment.arms.map(arm => arm.id).filter(id => ids.includes(id)))};
+  const shown = new Set(experiment.arms.map(arm => arm.id).filter(id => ids.includes(id)));
+  return {experiment, shown, close: said.get("close") === "1"};
 }
 
-const toHash = ({experiment, shown}) => `#experiment=${experiment.id}&rules=${[...shown].join(",")}`;
+const toHash = ({experiment, shown, close}) =>
+  `#experiment=${experiment.id}&rules=${[...shown].join(",")}${close ? "&close=1" : ""}`;
 
 // ---- the chart ----------------------------------------------------------------------------------
 // Round numbers from low to high, about `count` of them, and a step beyond at most.
@@ -43,17 +44,20 @@ function apart(wishes, gap, bottom) {
   return y;
 }
 
-function chart({experiment, shown}, width) {
+function chart({experiment, shown, close}, width) {
   const arms = experiment.arms.filter(arm => shown.has(arm.id)), height = width < 500 ? 280 : 360;
   const [left, top, right, bottom] = [36, 24, width - 24, height - 38];
-  const edge = sign => arms.flatMap(({mean, sd}) => mean.map((m, n) => m + sign * (sd ? sd[n] : 0)));
-  const marks = arms.length ? ticks(Math.max(0, Math.min(...edge(-1))), Math.min(100, Math.max(...edge(1))), 6)
-    : ticks(0, 100, 5);
   const count = Math.max(...experiment.arms.map(arm => arm.mean.length));
+  const edge = sign => arms.flatMap(({mean, sd}) => mean.map((m, n) => m + sign * (sd ? sd[n] : 0))
+    .slice(close ? Math.floor(count / 2) : 0));
+  const marks = edge(1).length
+    ? ticks(Math.max(0, Math.min(...edge(-1))), Math.min(100, Math.max(...edge(1))), 6)
+    : ticks(0, 100, 5);
   const x = n => left + (right - left) * (count > 1 ? n / (count - 1) : 0);
   const y = v => bottom - (bottom - top) * (v - marks[0]) / (last(marks) - marks[0]);
   const path = values => values.map((v, n) => `${x(n).toFixed(2)},${y(v).toFixed(2)}`);
-  const text = (words, x, y, anchor = "start") => `<text x="${x}" y="${y}" text-anchor="${anchor}">${words}</text>`;
+  const text = (words, x, y, anchor = "start") =>
+    `<text x="${x}" y="${y}" text-anchor="${anchor}">${words}</text>`;
   const grid = marks.map(v => `<line class="ex-grid" data-value="${v}" x1="${left}" x2="${right}"
     y1="${y(v)}" y2="${y(v)}"/>${text(v, left - 6, y(v) + 4, "end")}`);
   const along = ticks(1, count, width < 500 ? 4 : 8).filter(n => n >= 1 && n <= count && n % 1 === 0);
@@ -69,41 +73,47 @@ function chart({experiment, shown}, width) {
     return `<g style="${ink(arm)}">${band}<polyline class="ex-line" data-arm="${arm.id}"
       stroke-dasharray="${dashes(arm)}" points="${points.join(" ")}"/>
       ${arm.seeds ? "" : `<circle class="ex-end" cx="${endX}" cy="${endY}" r="4"/>`}
-      <text class="ex-name" x="${+endX + 5}" y="${heights[k]}">${experiment.arms.indexOf(arm) + 1}</text></g>`;
+      <text class="ex-name" x="${+endX + 5}" y="${heights[k]}">${
+        last(arm.mean) < marks[0] ? "" : experiment.arms.indexOf(arm) + 1}</text></g>`;
   });
-  return {count, left, right, x, svg: `${grid.join("")}${feet.join("")}
+  return {count, left, right, x, svg: `<clipPath id="ex-clip">
+    <rect x="${left - 5}" y="${top - 2}" width="${width}" height="${bottom - top + 6}"/></clipPath>${grid.join("")}${feet.join("")}
     <line class="ex-axis" x1="${left}" x2="${right}" y1="${bottom}" y2="${bottom}"/>
     ${text("test accuracy, %", 0, 12)}${text("epoch", right, height - 4, "end")}
-    <line class="ex-cursor" y1="${top}" y2="${bottom}"/>${lines.join("")}`, height};
+    <line class="ex-cursor" y1="${top}" y2="${bottom}"/>
+    <g clip-path="url(#ex-clip)">${lines.join("")}</g>`, height};
 }
 
 // ---- the page -----------------------------------------------------------------------------------
 const PAGE = `
 <p class="ex-choice"><label for="ex-experiment">Experiment</label> <select id="ex-experiment"></select></p>
 <svg class="ex-chart" role="img"></svg>
+<p><label><input type="checkbox" id="ex-close"> Close up: the scale is that of the second half</label></p>
 <p class="ex-choice"><label for="ex-epoch">Epoch</label> <input type="range" id="ex-epoch" min="1">
 <output for="ex-epoch" aria-live="off"></output></p>
-<fieldset class="ex-rules"><legend>Rules, and test accuracy in % after the last epoch</legend>
+<fieldset class="ex-rules"><legend>Rules and final accuracies, %</legend>
 <p class="ex-buttons"><button type="button" id="ex-all">All</button>
 <button type="button" id="ex-none">None</button></p><div class="ex-arms"></div></fieldset>
 <p class="ex-says" role="status"></p>`;
 
 function row(arm, n) {
-  const seeds = arm.seeds ? `${arm.seeds} seed${arm.seeds > 1 ? "s" : ""}` : "no seed ended";
+  const seeds = arm.seeds ? `${arm.seeds} seed${arm.seeds > 1 ? "s" : ""}` : "";
+  const lost = arm.lost ? `${seeds && " + "}${arm.lost} diverged` : "";
   return `<label class="ex-arm" style="${ink(arm)}"><input type="checkbox" value="${arm.id}">
-    <svg class="ex-swatch" aria-hidden="true" width="36" height="12"><line class="ex-line" x1="0" x2="36" y1="6" y2="6"
-    stroke-dasharray="${dashes(arm)}"/></svg>
+    <svg class="ex-swatch" aria-hidden="true" width="36" height="12">
+    <line class="ex-line" x2="36" y1="6" y2="6" stroke-dasharray="${dashes(arm)}"/></svg>
     <span><span class="ex-name">${n + 1}</span> ${arm.label}<br><b>${final(arm)}</b>
-    <span class="ex-more">(${seeds}${arm.paper ? `; paper ${arm.paper}` : ""})</span></span></label>`;
+    <span class="ex-more">(${seeds}${lost}${
+      arm.paper ? `; <span>paper ${arm.paper}</span>` : ""})</span></span></label>`;
 }
 
 function mount(place) {
   const root = document.createElement("section");
-  Object.assign(root, {className: "explorer", ariaLabel: "Explorer", innerHTML: PAGE});
-  root.id = place.id;
+  Object.assign(root, {id: place.id, className: "explorer", ariaLabel: "Explorer", innerHTML: PAGE});
   place.replaceWith(root);
-  const [select, svg, slider, readout, says] =
-    ["#ex-experiment", ".ex-chart", "#ex-epoch", "output", ".ex-says"].map(s => root.querySelector(s));
+  const [select, svg, slider, close, readout, says] =
+    ["#ex-experiment", ".ex-chart", "#ex-epoch", "#ex-close", "output", ".ex-says"]
+      .map(selector => root.querySelector(selector));
   const boxes = () => [...root.querySelectorAll(".ex-arms input")];
   const chapters = new Set(explorerData.map(each => each.chapter));
   select.innerHTML = [...chapters].map(chapter => `<optgroup label="${chapter}">${explorerData
@@ -133,23 +143,26 @@ function mount(place) {
   }
   function show() { // the state, in the controls
     select.value = state.experiment.id;
+    close.checked = state.close;
     root.querySelector(".ex-arms").innerHTML = state.experiment.arms.map(row).join("");
     for (const box of boxes()) box.checked = state.shown.has(box.value);
     slider.max = Math.max(...state.experiment.arms.map(arm => arm.mean.length));
     slider.value = slider.max; // to the end
     draw();
   }
-  function keep() {
-    history.replaceState(null, "", toHash(state));
-  }
+  const keep = () => history.replaceState(null, "", toHash(state));
   function pick(test) {
     for (const box of boxes()) box.checked = test(box);
     state.shown = new Set(boxes().filter(box => box.checked).map(box => box.value));
     keep(), draw();
   }
   select.addEventListener("change", () => {
-    state = fromHash(`#experiment=${select.value}`);
+    state = {...fromHash(`#experiment=${select.value}`), close: close.checked};
     keep(), show();
+  });
+  close.addEventListener("change", () => {
+    state.close = close.checked;
+    keep(), draw();
   });
   root.querySelector(".ex-arms").addEventListener("change", () => pick(box => box.checked));
   root.querySelector("#ex-all").onclick = () => pick(() => true);
@@ -174,7 +187,7 @@ function mount(place) {
 }
 
 addEventListener("DOMContentLoaded", () => {
-  const place = find("#explorer");
+  const place = document.getElementById("explorer-place");
   if (place) mount(place);
 });
 })();

@@ -50,9 +50,12 @@ LABELS = {  # ending of the recipe's name -> label, where that of the rule does 
     "fg-a": "forward gradient, activities",
     "fg-w": "forward gradient, weights",
 }
-# matplotlib's named line styles, and those of a rule's second, third, ... arm; in line widths
+# matplotlib's named line styles, and those of a rule's further arms; in line widths
 DASHES = {"-": (), "--": (3.7, 1.6), "-.": (6.4, 1.6, 1, 1.6), ":": (1, 1.65)}
-MORE = [(1, 1.5), (6, 2), (3, 2), (8, 2, 1, 2), (4, 1.5, 1, 1.5, 1, 1.5), (10, 3), (2, 3)]
+MORE = [
+    (), (1, 2), (9, 2, 1, 2), (4, 4), (9, 2, 1, 2, 1, 2), (14, 4), (9, 2, 1, 2, 1, 2, 1, 2),
+    (9, 2, 9, 2, 1, 2), (1, 7), *((3 * n, 3, 1, 3) for n in range(5, 15)),
+]  # fmt: skip
 
 
 def group(recipe: dict) -> tuple[str, str]:
@@ -144,22 +147,26 @@ def curves(record: dict) -> dict[str, list[float]]:
     return found | ({"sd": [round(statistics.stdev(e), 2) for e in epochs]} if kept[1:] else {})
 
 
+def alike(one: Sequence[float], other: Sequence[float]) -> bool:
+    """Whether two line styles of one colour are hard to tell apart."""
+    return len(one) == len(other) and abs(sum(one) - sum(other)) < 2.5
+
+
 def drawn(arms: dict[str, dict]) -> list[dict]:
     """Each arm as the script draws it. Its line is the rule's; further arms of a rule have the
-    rule's colour and a line style that no other in the experiment has."""
-    rules, found, used = [], [], []
+    rule's colour and a line style of their own."""
+    found, used = [], {}  # used: colour -> line styles
     for (arm, record), label in zip(arms.items(), labels(arms), strict=True):
-        rule = record["recipe"]["rule"]
-        look = style.line(rule)
-        dash = look["linestyle"]
+        look = style.line(record["recipe"]["rule"])
+        dash, taken = look["linestyle"], used.setdefault(look["color"], [])
         dash = DASHES[dash] if isinstance(dash, str) else dash[1]
-        if rule in rules:
-            dash = next(d for d in MORE if (look["color"], d) not in used)
-        used.append((look["color"], dash))
-        rules.append(rule)
+        if taken:
+            dash = next(d for d in MORE if not any(alike(d, t) for t in taken))
+        taken.append(dash)
+        kept = len(results.final(record))
         found.append({
             "id": arm, "label": label, "colour": look["color"], "dash": list(dash),
-            "first": rules.count(rule) == 1, "seeds": len(results.final(record)),
+            "first": len(taken) == 1, "seeds": kept, "lost": len(record["runs"]) - kept,
             "paper": record["recipe"]["paper"], **curves(record),
         })  # fmt: skip
     return found

@@ -19,6 +19,7 @@ explorer = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(explorer)
 SCRIPT = ROOT / "_static" / "explorer-data.js"
 DATA = json.loads(SCRIPT.read_text().partition("=")[2].rstrip(";\n"))
+PLACE = next(s for s in (ROOT / "explorer.md").read_text().splitlines() if s.startswith("<div"))
 in_a_browser = pytest.mark.skipif(not CHROMIUM, reason="no Chromium here: apt-get install chromium")
 pytestmark = pytest.mark.processes
 
@@ -64,7 +65,7 @@ def tab(tmp_path) -> Iterator[Page]:
     (tmp_path / "page.html").write_text(
         f"<!doctype html><meta charset=utf-8><link rel=stylesheet href='{static}.css'>"
         f"<script src='{static}.js'></script><script src='{static}-data.js'></script>"
-        "<main><article><div id=explorer></div></article></main>"
+        f"<main><article><section id=explorer><h1>Explorer</h1>{PLACE}</section></article></main>"
     )
     heard = []
     with sync_playwright() as playwright:
@@ -76,6 +77,7 @@ def tab(tmp_path) -> Iterator[Page]:
         page.on("pageerror", lambda e: heard.append(str(e)))
         page.goto((tmp_path / "page.html").as_uri())
         yield page
+        assert page.text_content("h1") == "Explorer"  # the place is replaced, and no more
         browser.close()
     assert heard == []
 
@@ -141,6 +143,13 @@ def test_the_address_keeps_the_choice(tab):
     tab.reload()
     assert (state(tab), drawn(tab)) == (chosen, lines)
     assert chosen == ("ekdaa-fc-fashion-mnist", ["bp", "ekdaa"]) != first
+    tab.check("#ex-close")
+    close, far = drawn(tab), lines
+    assert tab.evaluate("location.hash").endswith("&rules=bp,ekdaa&close=1")
+    tab.reload()
+    assert drawn(tab) == close
+    for arm, line in far.items():
+        assert close[arm] == pytest.approx(line, abs=0.01)
     tab.evaluate("location.hash = '#experiment=mnist-fc&rules=dfa'")
     tab.wait_for_function("document.querySelector('#ex-experiment').value === 'mnist-fc'")
     assert state(tab) == ("mnist-fc", ["dfa"])
@@ -152,10 +161,10 @@ def test_the_address_keeps_the_choice(tab):
 @in_a_browser
 def test_everything_works_from_the_keyboard(tab):
     seen = []
-    for _ in range(5):
+    for _ in range(6):
         tab.keyboard.press("Tab")
         seen.append(tab.evaluate("document.activeElement.id || document.activeElement.value"))
-    assert seen == ["ex-experiment", "ex-epoch", "ex-all", "ex-none", "bp"]
+    assert seen == ["ex-experiment", "ex-close", "ex-epoch", "ex-all", "ex-none", "bp"]
     before = list(drawn(tab))
     tab.keyboard.press("Space")
     assert list(drawn(tab)) == before[1:]
