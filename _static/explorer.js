@@ -77,7 +77,8 @@ function chart({experiment, shown, close}, width) {
         last(arm.mean) < marks[0] ? "" : experiment.arms.indexOf(arm) + 1}</text></g>`;
   });
   return {count, left, right, x, svg: `<clipPath id="ex-clip">
-    <rect x="${left - 5}" y="${top - 2}" width="${width}" height="${bottom - top + 6}"/></clipPath>${grid.join("")}${feet.join("")}
+    <rect x="${left - 5}" y="${top - 2}" width="${width}" height="${bottom - top + 6}"/></clipPath>
+    ${grid.join("")}${feet.join("")}
     <line class="ex-axis" x1="${left}" x2="${right}" y1="${bottom}" y2="${bottom}"/>
     ${text("test accuracy, %", 0, 12)}${text("epoch", right, height - 4, "end")}
     <line class="ex-cursor" y1="${top}" y2="${bottom}"/>
@@ -100,8 +101,8 @@ function row(arm, n) {
   const seeds = arm.seeds ? `${arm.seeds} seed${arm.seeds > 1 ? "s" : ""}` : "";
   const lost = arm.lost ? `${seeds && " + "}${arm.lost} diverged` : "";
   return `<label class="ex-arm" style="${ink(arm)}"><input type="checkbox" value="${arm.id}">
-    <svg class="ex-swatch" aria-hidden="true" width="36" height="12">
-    <line class="ex-line" x2="36" y1="6" y2="6" stroke-dasharray="${dashes(arm)}"/></svg>
+    <svg class="ex-swatch" aria-hidden="true" width="56" height="12">
+    <line class="ex-line" x2="56" y1="6" y2="6" stroke-dasharray="${dashes(arm)}"/></svg>
     <span><span class="ex-name">${n + 1}</span> ${arm.label}<br><b>${final(arm)}</b>
     <span class="ex-more">(${seeds}${lost}${
       arm.paper ? `; <span>paper ${arm.paper}</span>` : ""})</span></span></label>`;

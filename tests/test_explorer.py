@@ -58,6 +58,14 @@ def test_no_two_lines_of_an_experiment_look_or_sound_alike():
         assert len({(arm["colour"], *arm["dash"]) for arm in each["arms"]}) == len(each["arms"])
 
 
+def test_the_arms_of_an_experiment_have_one_protocol():
+    keys = ("data", "epochs", "batch_size", "momentum", "milestones")
+    for arms in explorer.experiments().values():
+        assert len({str([r["recipe"][key] for key in keys]) for r in arms.values()}) == 1
+        networks = [r["recipe"]["network"] for r in arms.values()]
+        assert len({f"{kind} {args[0]} {args[-1]}" for kind, args, _ in networks}) == 1
+
+
 @pytest.fixture
 def tab(tmp_path) -> Iterator[Page]:
     """A page of the explorer alone, opened as a file; nothing may fail there or leave it."""
