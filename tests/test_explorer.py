@@ -96,7 +96,8 @@ def drawn(tab: Page) -> dict[str, list[float]]:
         ".ex-grid", "lines => lines.map(l => [+l.dataset.value, +l.getAttribute('y1')])"
     )
     (low, at_low), (high, at_high) = grid[0], grid[-1]
-    assert high > low and at_low > at_high  # upwards
+    assert high > low
+    assert at_low > at_high  # upwards
     said = tab.eval_on_selector_all(".ex-grid + text", "all => all.map(t => +t.textContent)")
     assert said == [value for value, _ in grid]
     lines = tab.eval_on_selector_all(
