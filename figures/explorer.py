@@ -205,7 +205,8 @@ def page() -> str:
             seeds = f"{len(final)}{f' (+ {lost} diverged)' if lost else ''}"
             rows.append(f"| {label} | {its['lr']:g} | {seeds} | {results.spread(final)} "
                         f"| {its['paper'] or '–'} |")  # fmt: skip
-        parts.append(f"### {title(recipe)}\n\n{about}.\n\n" + "\n".join(rows))
+        table = "\n".join([":::{table}", ":class: landing", "", *rows, ":::"])
+        parts.append(f"### {title(recipe)}\n\n{about}.\n\n{table}")
     return "\n\n".join(parts) + "\n"
 
 
