@@ -18,7 +18,8 @@ const usual = arms => arms.filter(arm => arm.first).map(arm => arm.id);
 
 function fromHash(hash) {
   const said = new Map(hash.slice(1).split("&").map(part => part.split("=")));
-  const experiment = explorerData.find(each => each.id === said.get("experiment")) ?? explorerData[0];
+  const wanted = explorerData.find(each => each.id === said.get("experiment"));
+  const experiment = wanted ?? explorerData[0];
   const ids = said.get("rules")?.split(",") ?? usual(experiment.arms);
   const shown = new Set(experiment.arms.map(arm => arm.id).filter(id => ids.includes(id)));
   return {experiment, shown, close: said.get("close") === "1"};
@@ -32,7 +33,8 @@ const toHash = ({experiment, shown, close}) =>
 function ticks(low, high, count) {
   const rough = Math.max(high - low, 0.1) / count, power = 10 ** Math.floor(Math.log10(rough));
   const step = power * [1, 2, 5, 10].find(n => n * power >= rough);
-  const from = Math.floor(low / step + 1e-9), to = Math.max(Math.ceil(high / step - 1e-9), from + 1);
+  const from = Math.floor(low / step + 1e-9);
+  const to = Math.max(Math.ceil(high / step - 1e-9), from + 1);
   return Array.from({length: to - from + 1}, (_, n) => +((from + n) * step).toFixed(6));
 }
 
@@ -60,15 +62,15 @@ function chart({experiment, shown, close}, width) {
     `<text x="${x}" y="${y}" text-anchor="${anchor}">${words}</text>`;
   const grid = marks.map(v => `<line class="ex-grid" data-value="${v}" x1="${left}" x2="${right}"
     y1="${y(v)}" y2="${y(v)}"/>${text(v, left - 6, y(v) + 4, "end")}`);
-  const along = ticks(1, count, width < 500 ? 4 : 8).filter(n => n >= 1 && n <= count && n % 1 === 0);
-  if (!along.includes(1)) along.unshift(1);
-  const feet = along.map(n => `<line class="ex-axis" x1="${x(n - 1)}" x2="${x(n - 1)}" y1="${bottom}"
-    y2="${bottom + 5}"/>${text(n, x(n - 1), bottom + 18, "middle")}`);
+  const whole = n => n > 1 && n <= count && n % 1 === 0;
+  const along = [1, ...ticks(1, count, width < 500 ? 4 : 8).filter(whole)];
+  const feet = along.map(n => `<line class="ex-axis" x1="${x(n - 1)}" x2="${x(n - 1)}"
+    y1="${bottom}" y2="${bottom + 5}"/>${text(n, x(n - 1), bottom + 18, "middle")}`);
   const heights = apart(arms.map(arm => y(last(arm.mean)) + 4), 12, bottom + 4);
   const lines = arms.map((arm, k) => {
-    const points = path(arm.mean), low = ({mean, sd}) => path(mean.map((m, n) => m - sd[n])).reverse();
-    const band = arm.sd ? `<polygon class="ex-band" points="${[
-      ...path(arm.mean.map((m, n) => m + arm.sd[n])), ...low(arm)].join(" ")}"/>` : "";
+    const points = path(arm.mean), side = s => path(arm.mean.map((m, n) => m + s * arm.sd[n]));
+    const band = arm.sd ? `<polygon class="ex-band"
+      points="${[...side(1), ...side(-1).reverse()].join(" ")}"/>` : "";
     const [endX, endY] = last(points).split(",");
     return `<g style="${ink(arm)}">${band}<polyline class="ex-line" data-arm="${arm.id}"
       stroke-dasharray="${dashes(arm)}" points="${points.join(" ")}"/>
@@ -87,9 +89,11 @@ function chart({experiment, shown, close}, width) {
 
 // ---- the page -----------------------------------------------------------------------------------
 const PAGE = `
-<p class="ex-choice"><label for="ex-experiment">Experiment</label> <select id="ex-experiment"></select></p>
+<p class="ex-choice"><label for="ex-experiment">Experiment</label>
+<select id="ex-experiment"></select></p>
 <svg class="ex-chart" role="img"></svg>
-<p><label><input type="checkbox" id="ex-close"> Close up: the scale is that of the second half</label></p>
+<p><label><input type="checkbox" id="ex-close"> Close up: the scale is that of the second
+half</label></p>
 <p class="ex-choice"><label for="ex-epoch">Epoch</label> <input type="range" id="ex-epoch" min="1">
 <output for="ex-epoch" aria-live="off"></output></p>
 <fieldset class="ex-rules"><legend>Rules and final accuracies, %</legend>
@@ -110,7 +114,8 @@ function row(arm, n) {
 
 function mount(place) {
   const root = document.createElement("section");
-  Object.assign(root, {id: place.id, className: "explorer", ariaLabel: "Explorer", innerHTML: PAGE});
+  Object.assign(root, {id: place.id, className: "explorer", innerHTML: PAGE});
+  root.ariaLabel = "Explorer";
   place.replaceWith(root);
   const [select, svg, slider, close, readout, says] =
     ["#ex-experiment", ".ex-chart", "#ex-epoch", "#ex-close", "output", ".ex-says"]
@@ -119,15 +124,14 @@ function mount(place) {
   const chapters = new Set(explorerData.map(each => each.chapter));
   select.innerHTML = [...chapters].map(chapter => `<optgroup label="${chapter}">${explorerData
     .filter(each => each.chapter === chapter)
-    .map(each => `<option value="${each.id}">${each.title}</option>`).join("")}</optgroup>`).join("");
+    .map(each => `<option value="${each.id}">${each.title}</option>`)}</optgroup>`).join("");
   let state, drawn;
   const chosen = () => state.experiment.arms.filter(arm => state.shown.has(arm.id));
 
   function read() { // the accuracies at the slider's epoch
     const n = slider.value - 1, there = chosen().filter(arm => n < arm.mean.length);
-    const words = there.map(arm => `${arm.label} ${spread(arm, n)}`).join("; ") || "nothing is shown";
-    readout.value = `${slider.value}: ${words}.`;
-    slider.ariaValueText = `${slider.value}: ${words}`;
+    const words = there.map(arm => `${arm.label} ${spread(arm, n)}`).join("; ");
+    readout.value = slider.ariaValueText = `${slider.value}: ${words || "nothing is shown"}.`;
     const cursor = svg.querySelector(".ex-cursor");
     for (const end of ["x1", "x2"]) cursor.setAttribute(end, drawn.x(n));
   }
