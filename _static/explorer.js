@@ -122,9 +122,10 @@ function mount(place) {
       .map(selector => root.querySelector(selector));
   const boxes = () => [...root.querySelectorAll(".ex-arms input")];
   const chapters = new Set(explorerData.map(each => each.chapter));
-  select.innerHTML = [...chapters].map(chapter => `<optgroup label="${chapter}">${explorerData
-    .filter(each => each.chapter === chapter)
-    .map(each => `<option value="${each.id}">${each.title}</option>`)}</optgroup>`).join("");
+  const options = chapter => explorerData.filter(each => each.chapter === chapter)
+    .map(each => `<option value="${each.id}">${each.title}</option>`).join("");
+  select.innerHTML = [...chapters]
+    .map(chapter => `<optgroup label="${chapter}">${options(chapter)}</optgroup>`).join("");
   let state, drawn;
   const chosen = () => state.experiment.arms.filter(arm => state.shown.has(arm.id));
 
