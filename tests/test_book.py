@@ -35,7 +35,7 @@ BLOCKS = {
     "side_by_side": (
         ["The question", "Setup", "Accuracy", "Choose and look", "Alignment",
          "Arithmetic, time and memory", "Locality", "Robustness", "Forgetting",
-         "What each rule still needs", "Recap"], 4000,
+         "What each rule still needs", "Recap"], 6000,
     ),
     "your_rule": (
         ["The question", "Setup", "Notation", "The rule", "First checks", "The audit",
