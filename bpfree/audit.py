@@ -1,4 +1,4 @@
-"""The locality audit: what each block's update depends on, measured by intervention (chapter 7)."""
+"""The locality audit: what each block's update depends on, measured by intervention (chapter 8)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the audit acts on: a rule or a model, and what its weights meet (chapter 7)."""
+"""What the audit acts on: a rule or a model, and what its weights meet (chapter 8)."""
 
 from __future__ import annotations
 

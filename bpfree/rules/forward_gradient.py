@@ -32,9 +32,9 @@ class ForwardGradient(Rule):
 
         delta_l,b = d_b U_l,b  (l < L),    delta_L = e,    r_l = h_{l-1}
 
-    The output block gets its error as it is: nothing is above it to be guessed. Both are unbiased;
-    variances are in theorem T16 of chapter 7. Directions come from ``self.generator``, anew at each
-    update. Sources: arXiv 2202.08587 (FG-W), arXiv 2210.03310 (FG-A).
+    The output block gets its error as it is, our reading: nothing is above it to be guessed. Both
+    are unbiased; variances are in theorem T16 of chapter 7. Directions come from
+    ``self.generator``, anew at each update. Sources: arXiv 2202.08587, arXiv 2210.03310.
 
     Args:
         perturb: ``"weights"`` or ``"activities"``.
