@@ -103,6 +103,13 @@ STEPS = {
         ("attention", r"what all of them pay to neuron $i$: $A_i=\sum_j\alpha(w_{ji})$"),
         ("best response", r"for more of it, $h_i$ moves against $\sum_j\alpha'(w_{ji})\,\delta_j$"),
     ),
+    "ForwardGradient": (
+        "Guess, and hear how well it did",
+        ("guess", "a random direction $U_l$ for each activity, or each weight"),
+        ("carried up", "what the guess would change above, through the same weights"),
+        ("slope", "one number $d$ for each sample: what it would do to the loss"),
+        ("teach", r"$\delta_l=d\,U_l$: back along a bad guess, on along a good one"),
+    ),
 }  # fmt: skip
 MARKS = {  # where 1, 2, ... are, in columns and blocks; a kind of worker is its own mark
     "Backprop": ((SIGNAL + 46, 1.5), (SIGNAL - 20, 2.42), (UP - 26, 1), (SIGNAL + 26, 3)),
@@ -110,6 +117,7 @@ MARKS = {  # where 1, 2, ... are, in columns and blocks; a kind of worker is its
     "EKDAA": ((SIGNAL + 36, 2.5), (SIGNAL + 28, 2), (MIDDLE, 2.4)),
     "LeaderFollower": ((SIGNAL + 68, 2), "leads", "follows", (SIGNAL + 68, 1.28)),
     "NextLayerAttention": ((SIGNAL + 26, 3), (UP - 44, 2.5), (SIGNAL + 72, 2.5)),
+    "ForwardGradient": ((SIGNAL, 0.5), (MIDDLE + 15, 1.5), (SIGNAL + 26, 3), (SIGNAL + 58, 2)),
 }
 
 
@@ -289,6 +297,21 @@ def crowds(draw: Drawing, x: float, y: float, color, dashes) -> None:
         draw.teaches(delta, l, x, y, color, gap=11)
 
 
+def guesses(draw: Drawing, x: float, y: float, color, dashes) -> None:
+    """Forward gradient: a guess is carried up, and comes back as one number."""
+    top = (x + SIGNAL, y + 3 * STEP)
+    draw.node(*top, "$d$", color)
+    for l in (1, 2):
+        guess, carried = (x + SIGNAL, y + l * STEP), (x + MIDDLE, y + l * STEP)
+        draw.arrow(guess, carried, color, width=1.2, gaps=(15, 11))
+        draw.arrow(carried, top if l == 2 else (carried[0], carried[1] + STEP), color, width=1.2,
+                   gaps=(11, 15 if l == 2 else 11))  # fmt: skip
+        draw.node(*carried, f"$h'_{l}$", color, 11.5, 10)
+        draw.node(*guess, f"$U_{l}$", color, 13)
+        (draw.arrow if l == 2 else draw.around)(top, guess, color, dashes)
+        draw.teaches(guess, l, x, y, color)
+
+
 def difference(draw: Drawing, l: int, text: str, x: float, y: float, color) -> None:
     here, radius = (x + MIDDLE, y + l * STEP), 8 if text == "$-$" else 12
     for column in (UP, SIGNAL):
@@ -310,6 +333,8 @@ def panel(draw: Drawing, rule: str, x: float, y: float) -> None:
         targets(draw, x, y, color, dashes)
     elif rule == "LeaderFollower":
         crowds(draw, x, y, color, dashes)
+    elif rule == "ForwardGradient":
+        guesses(draw, x, y, color, dashes)
     else:
         down(draw, rule, x, y, color, dashes)
 
@@ -390,6 +415,7 @@ def main() -> None:
     beside("paths-landing", [five], formulas=False)
     alone("paths-lfnn", "LeaderFollower")
     alone("paths-attention", "NextLayerAttention")
+    alone("paths-forward", "ForwardGradient")
     beside("paths", [rules[:5], rules[5:]])
 
 
