@@ -112,6 +112,16 @@ def test_bootstrap_cell_follows_the_configured_address(path):
     assert re.findall(r'"(https?://[^"]+)"', first) == [ADDRESS]
 
 
+@on_pages
+def test_scripts_named_after_a_page_load_there_only(page):
+    loaded = {
+        Path(s["src"].partition("?")[0]).stem for s in built(page).find_all("script", src=True)
+    }
+    own = {p.stem for p in (ROOT / "_static").glob("*.js") if (ROOT / f"{p.stem}.md").exists()}
+    assert len(own) == 2
+    assert loaded & own == own & {page}
+
+
 def test_address_is_written_in_one_place_only():
     files = subprocess.run(
         ["git", "grep", "-lF", ADDRESS, "--", ":!chapters/*/*.ipynb"],

@@ -1,6 +1,8 @@
-"""Sphinx extension: mends what docutils and the theme write and a screen reader cannot read."""
+"""Sphinx extension: mends what docutils and the theme write and a screen reader cannot read, and
+loads scripts where they are used."""
 
 from collections.abc import Callable
+from pathlib import PurePosixPath
 
 from sphinx.application import Sphinx
 
@@ -22,7 +24,19 @@ def name_toggles(app: Sphinx, page: str, template: str, context: dict, doctree: 
     context["generate_toctree_html"] = named
 
 
+def load_where_used(app: Sphinx, page: str, template: str, context: dict, doctree: object) -> None:
+    """A script that is named after a page loads there only; else every page would have it."""
+
+    def used(script: object) -> bool:
+        name = PurePosixPath(getattr(script, "filename", None) or "").name
+        pages = [p for p in app.env.found_docs if name.startswith(p)]
+        return not pages or page in pages
+
+    context["script_files"] = [script for script in context["script_files"] if used(script)]
+
+
 def setup(app: Sphinx) -> dict:
     app.connect("html-page-context", mend_roles)
     app.connect("html-page-context", name_toggles, priority=900)  # after the theme's own
+    app.connect("html-page-context", load_where_used, priority=900)
     return {"parallel_read_safe": True, "parallel_write_safe": True}
