@@ -4,5 +4,7 @@ function reach() {
     if (box.scrollWidth > box.clientWidth) box.tabIndex = 0;
     else box.removeAttribute("tabindex");
 }
-addEventListener("load", reach);
-addEventListener("resize", reach);
+addEventListener("load", () => {
+  const seen = new ResizeObserver(reach); // a sidebar changes a box as a window does
+  for (const box of document.querySelectorAll("figure")) seen.observe(box);
+});
