@@ -106,7 +106,7 @@ STEPS = {
     "ForwardGradient": (
         "Guess, and hear how well it did",
         ("guess", "a random direction $U_l$ for each activity, or each weight"),
-        ("carried up", "what the guess would change above, through the same weights"),
+        ("carried up", "what it would change above, through the same weights"),
         ("slope", "one number $d$ for each sample: what it would do to the loss"),
         ("teach", r"$\delta_l=d\,U_l$: back along a bad guess, on along a good one"),
     ),

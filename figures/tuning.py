@@ -42,6 +42,8 @@ EXPERIMENTS = {
     "attention-cifar10": (FIVE, RATES, {}),
     "continual-permuted-mnist-ewc": (FIRST_TASKS, (0.1, 0.3), {"": STRENGTHS}),
     "continual-split-mnist-ewc": (FIRST_TASKS, (0.1, 0.3), {"": STRENGTHS}),
+    "forward-cifar10-fg-a": (dict(epochs=3), (0.00005, 0.00015, 0.0005, 0.0015), {}),
+    "forward-cifar10-fg-w": (dict(epochs=3), (0.00005, 0.00015, 0.0005, 0.0015), {}),
 }  # fmt: skip
 SEED, HOLDOUT = 100, 10_000
 
