@@ -4,7 +4,8 @@
     PYTHONPATH=FOLDER python figures/peer.py        writes figures/results/peer-cpu.json
 
 Same networks, batches, losses and optimiser (torch's SGD with momentum, not fused); arms take turns
-(``bpfree.experiments.timing``), and ratios are to autograd's backprop. BioTorch is no dependency.
+(``bpfree.experiments.timing``), and ratios are to autograd's backprop. The process keeps freed
+memory, for all arms, as ``bpfree.fit`` has it. BioTorch is no dependency.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import bpfree
 from bpfree import results
 from bpfree.experiments.bench import arm
 from bpfree.experiments.timing import compare, plain
+from bpfree.training.device import keep_freed_memory
 
 NETWORKS = {(784, 1024, 1024, 1024, 10): 256, (784, 1024, 10): 64}
 RULES = {"FeedbackAlignment": "fa", "DirectFeedbackAlignment": "dfa", "SignSymmetry": "usf"}
@@ -48,6 +50,7 @@ def theirs(mode: str, sizes: tuple[int, ...], batch: int) -> Callable[[], None]:
 
 def main() -> None:
     torch.set_num_threads(1)
+    keep_freed_memory()
     table = {}
     for sizes, batch in NETWORKS.items():
 
