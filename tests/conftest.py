@@ -65,3 +65,16 @@ def few_digits(digits) -> bpfree.data.Data:
     """100 images to train on and 30 to test on."""
     few = {"train_x": 100, "train_y": 100, "test_x": 30, "test_y": 30}
     return dataclasses.replace(digits, **{k: getattr(digits, k)[:n] for k, n in few.items()})
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """A headless Chromium that reaches nothing but this machine."""
+    from playwright.sync_api import sync_playwright
+    from test_browser import CHROMIUM, OFFLINE
+
+    with sync_playwright() as playwright:
+        args = ["--no-sandbox", OFFLINE]
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=args)
+        yield browser
+        browser.close()

@@ -473,7 +473,7 @@ MISTAKES = {
     "a number": (hidden(lambda _, t: (t.r, 1.0)), "two tensors.*got Tensor and float"),
     "not finite": (hidden(lambda _, t: (t.r, t.a / 0)), "0.linear.weight, .* is not finite"),
     "draws past the generator": (
-        hidden(lambda _, t: (t.r, torch.randn_like(t.a))), "must draw from self.generator alone"
+        hidden(lambda _, t: (t.r, torch.randn_like(t.a))), "draw from self.generator alone"
     ),
     "reads itself": (
         hidden(lambda rule, t: (t.r, t.a * rule.net[2].linear.weight.sum().detach())),

@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from playwright.sync_api import Page, sync_playwright
-from test_browser import CHROMIUM, OFFLINE, OVERFLOW
+from playwright.sync_api import Page
+from test_browser import CHROMIUM, OVERFLOW
 
 from bpfree import results
 
@@ -67,7 +67,7 @@ def test_the_arms_of_an_experiment_have_one_protocol():
 
 
 @pytest.fixture
-def tab(tmp_path) -> Iterator[Page]:
+def tab(browser, tmp_path) -> Iterator[Page]:
     """A page of the explorer alone, opened as a file; nothing may fail there or leave it."""
     static = f"{ROOT}/_static/explorer"
     (tmp_path / "page.html").write_text(
@@ -76,17 +76,14 @@ def tab(tmp_path) -> Iterator[Page]:
         f"<main><article><section id=explorer><h1>Explorer</h1>{PLACE}</section></article></main>"
     )
     heard = []
-    with sync_playwright() as playwright:
-        args = ["--no-sandbox", OFFLINE]
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=args)
-        page = browser.new_page(viewport={"width": 390, "height": 900})
-        page.on("request", lambda r: r.url.startswith("file:///") or heard.append(r.url))
-        page.on("console", lambda m: m.type == "error" and heard.append(m.text))
-        page.on("pageerror", lambda e: heard.append(str(e)))
-        page.goto((tmp_path / "page.html").as_uri())
-        yield page
-        assert page.text_content("h1") == "Explorer"  # the place is replaced, and no more
-        browser.close()
+    page = browser.new_page(viewport={"width": 390, "height": 900})
+    page.on("request", lambda r: r.url.startswith("file:///") or heard.append(r.url))
+    page.on("console", lambda m: m.type == "error" and heard.append(m.text))
+    page.on("pageerror", lambda e: heard.append(str(e)))
+    page.goto((tmp_path / "page.html").as_uri())
+    yield page
+    assert page.text_content("h1") == "Explorer"  # the place is replaced, and no more
+    page.close()
     assert heard == []
 
 

@@ -14,8 +14,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from oracles import generator, mlp_problem, seeds
-from playwright.sync_api import Browser, Page, sync_playwright
-from test_browser import CHROMIUM, LOOP, OFFLINE
+from playwright.sync_api import Page
+from test_browser import CHROMIUM, LOOP
 
 import bpfree
 
@@ -67,15 +67,6 @@ MUTANTS = [
     ("lfnn-l", "losses[v] - losses[w]", "losses[w] - losses[v]"),
     ("attention", "Math.sign(w) * Math.abs(w)", "Math.abs(w)"),
 ]
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    with sync_playwright() as playwright:
-        args = ["--no-sandbox", OFFLINE]
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=args)
-        yield browser
-        browser.close()
 
 
 @pytest.fixture(scope="module")

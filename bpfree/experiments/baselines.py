@@ -27,7 +27,7 @@ def mnist() -> Iterator[Recipe]:
 
 
 def cifar10() -> Iterator[Recipe]:
-    """The same hidden blocks on colour images, for ten epochs; no rate is tuned."""
+    """The same hidden blocks on colour images, for ten epochs; one rate for all arms."""
     for arm, (rule, options) in ARMS.items():
         yield Recipe(
             f"forward-cifar10-{arm}", "cifar10", ("mlp", (3072, 256, 128, 10), {"bias": True}),

@@ -74,7 +74,7 @@ class ForwardGradient(Rule):
         rising: Tensor | None = None  # h'_{l-1}
         for l, (block, t) in enumerate(zip(self.net, trace, strict=True), 1):
             name = f"{l - 1}.linear"
-            lean = way.get(f"U{l}", torch.zeros_like(t.a))  # a'_l
+            lean = way[f"U{l}"] if f"U{l}" in way else torch.zeros_like(t.a)  # a'_l
             if f"{name}.weight" in way:
                 lean = lean + block.pre(t.r, way[f"{name}.weight"], way.get(f"{name}.bias"))[1]
             if rising is not None:
