@@ -97,10 +97,7 @@ class Block(nn.Module):
         if not 0 <= dropout < 1:
             raise ValueError(f"dropout must be in [0, 1), got {dropout}")
         self.linear, self.activation, self.pool, self.dropout = linear, activation, pool, dropout
-
-    @property
-    def is_conv(self) -> bool:
-        return isinstance(self.linear, nn.Conv2d)
+        self.is_conv = isinstance(linear, nn.Conv2d)
 
     def _geometry(self) -> dict:
         c = self.linear

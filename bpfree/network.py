@@ -72,7 +72,7 @@ class Network(nn.Sequential):
     def __getitem__(self, index: int | slice) -> Block | Network:
         """A block, or the sub-network of a slice; its weights are this network's."""
         if not isinstance(index, slice):
-            return super().__getitem__(index)  # type: ignore[return-value]
+            return [*self._modules.values()][index]  # type: ignore[return-value]
         first = range(len(self))[index].start
         shape = self.shapes[first - 1] if first else self.input_shape
         return Network(*list(self)[index], input_shape=shape)

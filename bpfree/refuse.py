@@ -76,17 +76,17 @@ def check_batch(rule: Any, x: Tensor, y: Tensor) -> None:
     fits = sample == net.input_shape
     if not net[0].is_conv and sample:
         fits = math.prod(sample) == math.prod(net.input_shape)
-    if not fits or len(x) == 0:
+    if not fits or x.shape[0] == 0:
         expected = ", ".join(map(str, net.input_shape))
         raise ValueError(f"x must have shape (B >= 1, {expected}), got {tuple(x.shape)}")
-    if y.shape != (len(x),):
-        raise ValueError(f"y must have shape ({len(x)},), got {tuple(y.shape)}")
+    if y.shape != x.shape[:1]:
+        raise ValueError(f"y must have shape {tuple(x.shape[:1])}, got {tuple(y.shape)}")
     if y.is_floating_point() or y.is_complex() or y.dtype == torch.bool:
         raise TypeError(f"y must hold integer class indices, got {y.dtype}")
     low, high = (int(v) for v in y.long().aminmax())
     if low < 0 or high >= net.num_classes:
         raise ValueError(f"labels must be in 0..{net.num_classes - 1}, got {low}..{high}")
-    if not torch.isfinite(x.sum()) and not torch.isfinite(x).all():  # the sum is the faster test
+    if not math.isfinite(x.sum()) and not torch.isfinite(x).all():  # the sum is the faster test
         bad = int((~torch.isfinite(x)).sum())
         raise ValueError(f"x must be finite, got {bad} NaN or infinite values")
 
@@ -111,7 +111,7 @@ def check_signal(rule: Any, l: int, block: Any, signal: Any) -> None:
         raise TypeError(f"{said} must be two tensors (r, delta), got {kinds}")
     n_out, n_in = block.linear.weight.shape[:2]
     n_in *= block.linear.groups if block.is_conv else 1
-    fits = r.dim() == delta.dim() == (4 if block.is_conv else 2) and len(r) == len(delta)
+    fits = r.dim() == delta.dim() == (4 if block.is_conv else 2) and r.shape[0] == delta.shape[0]
     if not (fits and r.shape[1] == n_in and delta.shape[1] == n_out):
         more = ", ..." if block.is_conv else ""
         raise ValueError(

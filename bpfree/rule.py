@@ -126,9 +126,9 @@ class Rule(nn.Module):
         own = {f"rule.{name}": p for name, p in self.named_parameters()}
         return {**dict(self.net.named_parameters()), **own}
 
-    def learning(self) -> Tensors:
+    def learning(self, params: Tensors | None = None) -> Tensors:
         """Those of ``params()`` that learn: not what is frozen, nor what would learn beside it."""
-        params, beside = self.params(), self.beside()
+        params, beside = params or self.params(), self.beside()
         needs = (params[beside[n][0] if n in beside else n] for n in params)
         return {n: p for (n, p), q in zip(params.items(), needs, strict=True)
                 if p.requires_grad and q.requires_grad}  # fmt: skip
@@ -156,8 +156,9 @@ class Rule(nn.Module):
             generator: source of dropout masks. masks: the masks themselves, as ``net.masks`` gives.
             keep_signals: return them too; otherwise each is freed when its gradient is there.
         """
+        batch = x.shape[0]
         if masks is None:
-            masks = self.net.masks(len(x), generator)
+            masks = self.net.masks(batch, generator)
         passes, state = self.first_pass(params, state, x, masks)
         # in bfloat16 the errors of a trained network would round to zero
         precise = torch.promote_types(params["0.linear.weight"].dtype, torch.float32)
@@ -182,7 +183,7 @@ class Rule(nn.Module):
             r, delta, *own = signal
             if keep_signals:
                 kept.append((r, delta))
-            for name, grad in block.outer(delta, r, 1 / len(x)).items():
+            for name, grad in block.outer(delta, r, 1 / batch).items():
                 grads[f"{l}.linear.{name}"] = grad
             for gradients in own:
                 grads |= gradients
@@ -191,8 +192,8 @@ class Rule(nn.Module):
         # new tensors: two parameters must not share a gradient that is added to in place
         grads |= {own: share * grads[name] for own, (name, share) in self.beside().items()}
         for name, p in params.items():
-            got = tuple(grads[name].shape) if name in grads else "none"
-            if got != tuple(p.shape):
+            if name not in grads or grads[name].shape != p.shape:
+                got = tuple(grads[name].shape) if name in grads else "none"
                 raise ValueError(
                     f"{type(self).__name__} must give {name} a gradient of shape "
                     f"{tuple(p.shape)}, got {got}"
@@ -213,11 +214,10 @@ class Rule(nn.Module):
             TypeError, ValueError: for input that is not so; nothing is changed then.
         """
         check_batch(self, x, y)
-        learning = self.learning()
+        params = self.params()
+        learning = self.learning(params)
         warn_of_what_rests(self, learning)
-        update = self.update(
-            self.params(), self.state(), x, y, self.generator, keep_signals=False
-        )  # fmt: skip
+        update = self.update(params, self.state(), x, y, self.generator, keep_signals=False)
         for name, p in learning.items():
             grad = like_parameter(update.grads[name], p)
             p.grad = grad if p.grad is None else p.grad.add_(grad)
