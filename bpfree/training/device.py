@@ -7,6 +7,7 @@ host as long as it takes the card. So a step is recorded once, as a CUDA graph, 
 from __future__ import annotations
 
 import ctypes
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 
@@ -99,6 +100,14 @@ def _fp32_settings() -> list:
 
 
 @contextmanager
+def _without_advice() -> Iterator[None]:
+    """PyTorch 2.9 warns of the older names, which say what the newer ones do not."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Please use the new API settings", UserWarning)
+        yield
+
+
+@contextmanager
 def precision(name: str, device: torch.device) -> Iterator[None]:
     """``"float32"``, on the device too; ``"tf32"``: products of factors with 11 significant bits;
     ``"bf16"``: autocast, 8 bits. Convolutions are deterministic. All is restored afterwards,
@@ -107,12 +116,14 @@ def precision(name: str, device: torch.device) -> Iterator[None]:
     before = [s.fp32_precision for s in settings]
     flags = cudnn.benchmark, cudnn.deterministic
     older = None
-    with suppress(RuntimeError):  # the older names cannot say what was set by the newer ones
+    # the older names cannot say what was set by the newer ones
+    with suppress(RuntimeError), _without_advice():
         older = torch.get_float32_matmul_precision(), cudnn.allow_tf32
 
     def choose(matmul: str, conv: bool, newer: list[str]) -> None:
-        torch.set_float32_matmul_precision(matmul)
-        cudnn.allow_tf32 = conv
+        with _without_advice():
+            torch.set_float32_matmul_precision(matmul)
+            cudnn.allow_tf32 = conv
         for setting, value in zip(settings, newer, strict=True):
             setting.fp32_precision = value
 
