@@ -1,6 +1,6 @@
 """Run the pages as Colab would, and record what that took.
 
-    python3.12 tools/colab.py [NAME ...]     all pages are recorded in figures/results/colab.json
+    python3.12 tools/colab.py [NAME ...]     recorded in figures/results/colab.json
 
 An environment of the versions in tools/colab.txt is made in _build/colab (5 GB, and a network for
 pip), in which bpfree is not installed. Each page of what is committed then stands alone in an empty
@@ -54,7 +54,7 @@ def run_page(path: Path) -> dict:
         on_cell_execute=begin, on_cell_executed=end,
     )  # fmt: skip
     client.execute()
-    wall, processors = zip(*(took[i] for i, c in enumerate(nb.cells) if c.cell_type == "code"))
+    wall, processors = zip(*took.values(), strict=True)
     return {
         "seconds": round(sum(processors), 1),
         "slowest_cell": round(max(processors), 1),
@@ -108,6 +108,9 @@ def main(names: list[str]) -> int:
         shutil.rmtree(old, ignore_errors=True)
     subprocess.run(["git", "clone", "-q", ROOT, book], check=True)
     (address,) = re.findall(r"^  url: (\S+)", (book / "_config.yml").read_text(), flags=re.M)
+    commit = subprocess.run(
+        ["git", "rev-parse", "HEAD"], cwd=book, check=True, capture_output=True, text=True
+    ).stdout.strip()
     pages, problems = {}, []
     for path in sorted(book.glob("chapters/[0-9]*/*.ipynb")):
         if names and path.stem not in names:
@@ -124,7 +127,8 @@ def main(names: list[str]) -> int:
             problems.append(f"{path.stem}: {done.stderr[-3000:]}")
             print(problems[-1], flush=True)
             continue
-        pages[path.stem] = page = json.loads(done.stdout.splitlines()[-1])
+        page = json.loads(done.stdout.splitlines()[-1])
+        pages[path.stem] = {**page, "commit": commit}
         print(path.stem, page, flush=True)
         if page["seconds"] > PAGE or page["slowest_cell"] > CELL or page["other_outputs"]:
             problems.append(f"{path.stem}: {page}")
@@ -134,9 +138,6 @@ def main(names: list[str]) -> int:
     problems += [f"replaced: {p}" for p in before - after]
     problems += [f"pip install would replace {n}" for n in would_add if n != "bpfree"]
     runtime, version = re.search(r"runtime (\S+): Python (\S+),", PINS.read_text()).groups()
-    commit = subprocess.run(
-        ["git", "rev-parse", "HEAD"], cwd=book, check=True, capture_output=True, text=True
-    ).stdout.strip()
     pins = [p for p in PINS.read_text().split("\n") if p and not p.startswith("#")]
     record = {
         "runtime": runtime,
@@ -144,7 +145,6 @@ def main(names: list[str]) -> int:
         "python": platform.python_version(),
         "versions": dict(p.split("==") for p in pins),
         "not_of_the_list": sorted(before - set(pins)),
-        "commit": commit,
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
         "threads": THREADS,
         "note": "Seconds of the processors, all threads together, the fetching of the book"
@@ -156,7 +156,9 @@ def main(names: list[str]) -> int:
         "pages": pages,
     }
     print("\n".join(problems) or f"{len(pages)} pages run as in Colab's {runtime}")
-    if not names and not problems:
+    if not problems:
+        if names and RECORD.exists():
+            record["pages"] = {**json.loads(RECORD.read_text())["pages"], **pages}
         RECORD.write_text(json.dumps(record, indent=1) + "\n")
     return bool(problems)
 
