@@ -135,6 +135,70 @@ def test_what_the_step_reads_from_the_host_is_recorded_for_ever(emulated):
     assert total.item() == 7.0
 
 
+# ---- the same run on every device ---------------------------------------------------------------
+
+
+def elsewhere(device, source):
+    """What a card draws by, as ``generator_on`` makes it: seeded by the source, which stays."""
+    copy = torch.Generator().set_state(source.get_state())
+    return copy.manual_seed(int(torch.randint(2**62, (), generator=copy)))
+
+
+def without_dropout(digits, **options):
+    def make(g):
+        return bpfree.PEPITA(bpfree.mlp(64, 16, 10, generator=g), mirroring=2, generator=g)
+
+    return fit(make, digits, epochs=3, batch_size=16, seeds=(0, 1), **options)
+
+
+def test_order_and_fresh_feedback_do_not_depend_on_what_the_device_draws(
+    few_digits, tmp_path, monkeypatch
+):
+    here = without_dropout(few_digits)
+    monkeypatch.setattr(lockstep, "generator_on", elsewhere)
+    assert_same_run(without_dropout(few_digits), here, **exactly)
+    resumable = partial(without_dropout, few_digits, vectorize=True, checkpoint=tmp_path / "c")
+    with monkeypatch.context() as patch:
+        interrupt(patch, 2)
+        with pytest.raises(OutOfTime):
+            resumable()
+    together = without_dropout(few_digits, vectorize=True)
+    assert_same_run(resumable(), together, **exactly)
+    with_masks = train("pepita", few_digits)  # dropout is the device's
+    monkeypatch.undo()
+    assert (train("pepita", few_digits).train_loss != with_masks.train_loss).any()
+
+
+def test_a_generator_on_another_device_leaves_its_source_as_it_was(monkeypatch):
+    source, made = generator(), []
+
+    class Other(torch.Generator):
+        def __new__(cls, device="cpu"):
+            made.append(str(device))
+            return super().__new__(cls)
+
+    monkeypatch.setattr(torch, "Generator", Other)
+    before = source.get_state()
+    there = on_device.generator_on(torch.device("cuda"), source)
+    assert made[-1] == "cuda"
+    assert source.get_state().equal(before)
+    assert there.initial_seed() == int(torch.randint(2**62, (), generator=source))
+    assert on_device.generator_on(torch.device("cpu"), source) is source
+
+
+@pytest.mark.parametrize("seeds", [(0,), (0, 1)], ids=("one", "two"))
+def test_rules_come_back_to_where_they_were_made(few_digits, seeds, monkeypatch):
+    went = []
+    for kind in (bpfree.Network, bpfree.Rule):
+        to = kind.to
+        monkeypatch.setattr(
+            kind, "to", lambda self, where, to=to: went.append((id(self), where)) or to(self, where)
+        )
+    run = train("pepita", few_digits, torch.device("cpu", 0), seeds)
+    for one in (part for rule in run.rules for part in (rule, rule.net)):
+        assert [where.index for who, where in went if who == id(one)] == [0, None]
+
+
 # ---- precision and compilation ------------------------------------------------------------------
 
 

@@ -58,10 +58,11 @@ class Replay:
 
 
 def generator_on(device: torch.device, source: torch.Generator) -> torch.Generator:
-    """``source`` itself on its own device, else a generator there, seeded by a draw from it."""
+    """``source`` itself on its own device, else a generator there, seeded by what it draws next."""
     if source.device.type == device.type:
         return source
-    seed = int(torch.randint(2**62, (), generator=source))
+    copy = torch.Generator(source.device)
+    seed = int(torch.randint(2**62, (), generator=copy.set_state(source.get_state())))
     return torch.Generator(device).manual_seed(seed)
 
 

@@ -98,8 +98,9 @@ def fit(
             each epoch (0: not measured; ``angle`` and ``norm`` are then empty).
         shifts, flips: each training image is moved by up to so many pixels, zeros at the border; or
             mirrored left to right with probability 1/2.
-        device: on a GPU the step is recorded as a CUDA graph: an optimiser that counts its steps
-            (Adam) must be given ``capturable=True``.
+        device: where to train; the rules come back to where they were made. On a GPU the step is
+            recorded as a CUDA graph: an optimiser that counts its steps (Adam) must be given
+            ``capturable=True``.
         precision: of the training step: ``"float32"``, ``"tf32"`` or ``"bf16"``; measures are taken
             in float32.
         compile: hand the step to ``torch.compile`` first; a quarter of a minute, so for long runs.
@@ -138,6 +139,7 @@ def fit(
             made = [make(generator) for generator in generators]
             for rule in made:
                 check_rule(rule, data, rules + made)
+                home = rule.net.weights()[0].device
                 rule.to(device).net.to(device).train()
                 check_update(rule, data, batch_size)
             lockstep = Lockstep(
@@ -151,6 +153,8 @@ def fit(
             curves, spent = train_group(
                 lockstep, group, rates, probe, file, mark, deadline, bar, save_every, ranks
             )
+            for rule in made:
+                rule.to(home).net.to(home)
             rules, parts, seconds = rules + made, [*parts, curves], seconds + spent
     return gathered(Run, rules, parts, seconds, seeds)
 

@@ -46,6 +46,9 @@ class Lockstep:
         self.rules, self.device, self.ranks = rules, data.train_x.device, ranks
         self.precision, self.compile = precision, compile
         self.changes = changes
+        # the sources, on the CPU for every device, draw what an epoch begins with: so what has no
+        # dropout learns the same on each, up to rounding
+        self.sources = generators
         self.generators = [generator_on(self.device, g) for g in generators]
         self.data, self.batch_size = data, batch_size
         self.net, self.dtype = rules[0].net, rules[0].net.weights()[0].dtype
@@ -105,12 +108,11 @@ class Lockstep:
 
     def _begin(self, n: int) -> None:
         """What an epoch over n images starts with: fresh feedback, a new order, no loss yet."""
-        for s, (rule, generator) in enumerate(zip(self.rules, self.generators, strict=True)):
+        for s, (rule, generator) in enumerate(zip(self.rules, self.sources, strict=True)):
             mine = [self._of_seed(tensors, s) for tensors in (self.params, self.state)]
             for name, value in rule.refresh(*mine, generator).items():
                 mine[1][name].copy_(value)
-        drawn = [torch.randperm(n, generator=g, device=g.device) for g in self.generators]
-        self.order = _join(drawn)
+        self.order = _join([torch.randperm(n, generator=g) for g in self.sources]).to(self.device)
         self.totals.zero_()
 
     def _draws(self, n: int, generator: torch.Generator) -> Masks:
@@ -163,6 +165,10 @@ class Lockstep:
     def _per_seed(self, value: Tensor) -> Tensor:
         return (value if len(self.rules) > 1 else value[None]).double().cpu()
 
+    def _all_generators(self) -> list[torch.Generator]:
+        """Each once: on the CPU the two lists are one."""
+        return list({id(g): g for g in (*self.sources, *self.generators)}.values())
+
     def state_dict(self) -> dict:
         """Everything that a step reads or writes, the generators included."""
         middle = {"order": self.order, "step": self.step, "totals": self.totals}
@@ -170,7 +176,7 @@ class Lockstep:
             "params": self.params,
             "state": self.state,
             "optimizer": self.opt.state_dict(),
-            "generators": [g.get_state() for g in self.generators],
+            "generators": [g.get_state() for g in self._all_generators()],
             **({} if self.order is None else {"epoch": middle}),
         }
 
@@ -180,7 +186,7 @@ class Lockstep:
                 tensor.copy_(theirs[name])
         self.opt.load_state_dict(saved["optimizer"])
         self.rate = None
-        for generator, state in zip(self.generators, saved["generators"], strict=True):
+        for generator, state in zip(self._all_generators(), saved["generators"], strict=True):
             generator.set_state(state)
         if middle := saved.get("epoch"):
             self.order, self.step = middle["order"].to(self.device), middle["step"]
