@@ -1,5 +1,6 @@
 # make book   the HTML book              make test   everything that is checked
 # make lab    JupyterLab on the chapters  make notebooks   run the chapters from their text twins
+# make colab  the pages with Colab's versions of everything (PYTHON=python3.12, a network for pip)
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -11,9 +12,10 @@ OTHER := ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 MKL_CBWR=COMPATIBL
 TWO := OMP_NUM_THREADS=2 OMP_WAIT_POLICY=passive
 BROWSED := $(patsubst %,tests/test_%.py,book browser playground explorer)
 UNITS := $(BIN)/pytest tests $(BROWSED:%=--ignore=%) -p no:nbval -rs -n 2
-PAGES := $(BIN)/pytest --nbval chapters --ignore=chapters/text --dist loadfile -n 2
+# the outputs that are compared are a CPU's, on every machine
+PAGES := CUDA_VISIBLE_DEVICES= $(BIN)/pytest --nbval chapters --ignore=chapters/text --dist loadfile -n 2
 
-.PHONY: book test test-units test-mutants test-pages test-book test-arithmetic test-threads lab notebooks figures env lint clean
+.PHONY: book test test-units test-mutants test-pages test-book test-arithmetic test-threads lab notebooks colab figures env lint clean
 
 book: env
 	$(BIN)/jupyter-book build . --quiet
@@ -61,6 +63,9 @@ lab: env
 
 notebooks: env
 	$(BIN)/python tools/notebooks.py
+
+colab:
+	$(PYTHON) tools/colab.py
 
 figures: env
 	$(BIN)/python figures/paths.py

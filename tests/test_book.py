@@ -1,5 +1,6 @@
 """The pages: notebooks that ran cleanly, files that exist, and the HTML of `make test`."""
 
+import contextlib
 import json
 import os
 import re
@@ -9,8 +10,14 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from bs4 import BeautifulSoup
+from test_device import pretend, pretending
+
+import bpfree
+from bpfree.training.fit import Run
+from bpfree.training.lockstep import Lockstep
 
 ROOT = Path(__file__).resolve().parent.parent
 HTML = ROOT / "_build" / "html"
@@ -151,6 +158,67 @@ def test_bootstrap_fetches_the_library_where_it_is_missing(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == [str(tmp_path / "bpfree-book/bpfree/__init__.py"), "True"]
+
+
+class Enough(Exception):
+    """A cell has trained for as many steps as it may here."""
+
+
+@pretending
+@pytest.mark.parametrize("path", [p for p in NOTEBOOKS if kind(p) == "experiments"],
+                         ids=lambda p: p.stem)  # fmt: skip
+def test_trainings_of_a_page_go_to_a_gpu_where_there_is_one(path, monkeypatch):
+    """All but those of rules that draw on the CPU at each step, which are trained seed by seed.
+
+    The page's cells run. In the place of ``fit`` each kind of rule takes a step on tensors that
+    only say that they are on a GPU, and the result is zeros: a cell ends where it asserts more.
+    """
+    went, seen, wrong, steps = [], set(), [], 0
+
+    def counted(method):
+        def count(*args, **kwargs):
+            nonlocal steps
+            steps += 1
+            if steps > 20:
+                raise Enough
+            return method(*args, **kwargs)
+
+        return count
+
+    def fit(make, data, *, epochs, seeds=(0,), device="cpu", vectorize=None,
+            optimizer=torch.optim.SGD, **others):  # fmt: skip
+        nonlocal steps
+        generators = [torch.Generator().manual_seed(s) for s in seeds]
+        rules, before = [make(g) for g in generators], steps
+        name, L = (type(rules[0]).__name__, len(seeds)), len(rules[0].net)
+        went.append((device, vectorize is not False))
+        if device == "cuda" and name not in seen:
+            seen.add(name)
+            steps = -1000
+            try:
+                pretend(Lockstep(rules, generators, data, 4, torch.optim.SGD), optimizer)
+            except Exception as error:
+                if "hasPrimaryContext" not in str(error):  # autograd wants a real card
+                    wrong.append((*name, repr(error)))
+            steps = before
+        curve, angles = torch.zeros(len(seeds), epochs), torch.zeros(len(seeds), epochs + 1, L)
+        return Run(rules, curve, curve, curve, angles, angles, [None] * len(seeds), 0.0)
+
+    for method in ("update", "backward"):
+        monkeypatch.setattr(bpfree.Rule, method, counted(getattr(bpfree.Rule, method)))
+    monkeypatch.setattr(bpfree, "fit", fit)
+    monkeypatch.setenv("MPLBACKEND", "agg")
+    monkeypatch.chdir(path.parent)
+    names = {}
+    for i, cell in enumerate(cells(path, "code")):
+        steps = 0
+        with monkeypatch.context() as patch, contextlib.suppress(*[Exception] * (i > 1)):
+            if i == 1:  # the imports, and the line that chooses
+                patch.setattr(torch.cuda, "is_available", lambda: True)
+            exec("".join(cell["source"]), names)
+    assert wrong == []
+    assert ("cuda", True) in went
+    assert set(went) <= {("cuda", True), ("cpu", False)}
 
 
 @on_notebooks

@@ -291,7 +291,11 @@ def step_on_a_pretended_card(rule, count):
 
     They have no values, so whoever asks for one fails, as whoever mixes them with the CPU's does.
     """
-    group = make_lockstep(rule, count)
+    pretend(make_lockstep(rule, count), partial(torch.optim.SGD, momentum=0.9))
+
+
+def pretend(group, optimizer):
+    count = len(group.rules)
     indices = torch.zeros(4, dtype=torch.int64).expand((4,) if count == 1 else (count, 4))
     with FakeTensorMode(), torch.no_grad():
         there = partial(tree_map, lambda t: torch.empty(t.shape, dtype=t.dtype, device="cuda"))
@@ -300,7 +304,7 @@ def step_on_a_pretended_card(rule, count):
         tensors = {k: v for k, v in vars(group.data).items() if isinstance(v, torch.Tensor)}
         group.data = dataclasses.replace(group.data, **there(tensors))
         group.learning = {name: group.params[name] for name in group.learning}
-        group.opt = torch.optim.SGD([*group.learning.values()], momentum=0.9)
+        group.opt = optimizer([*group.learning.values()])
         masks = lockstep._stack([group.net.masks(4, g) for g in group.generators])
         group._advance(there(indices), there(masks))
         group.test(), group.probe(4)

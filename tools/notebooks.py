@@ -108,6 +108,7 @@ def main() -> int:
         print("\n".join(problems) or f"{len(twins)} notebooks are their twins'")
         return bool(problems)
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # what the book shows was computed on a CPU
     slow = 0
     for twin in twins:
         spent = run(twin)
