@@ -13,6 +13,8 @@ import pytest
 import torch
 import yaml
 from bs4 import BeautifulSoup
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 from test_device import pretend, pretending
 
 import bpfree
@@ -120,6 +122,19 @@ def test_bootstrap_cell_follows_the_configured_address(path):
 
 
 @on_pages
+def test_launch_buttons_open_this_very_page(page):
+    """A page that is a notebook has both buttons, another has none."""
+    hosts = [CONFIG["launch_buttons"][name] for name in ("colab_url", "binderhub_url")]
+    links = [a["href"] for a in built(page).find_all("a", href=True)]
+    at, branch = ADDRESS.removeprefix("https://github.com/"), CONFIG["repository"]["branch"]
+    expected = [
+        f"{hosts[0]}/github/{at}/blob/{branch}/{page}.ipynb",
+        f"{hosts[1]}/v2/gh/{at}/{branch}?urlpath=lab/tree/{page}.ipynb",
+    ] if (ROOT / f"{page}.ipynb").exists() else []  # fmt: skip
+    assert sorted(link for link in links if link.startswith(tuple(hosts))) == sorted(expected)
+
+
+@on_pages
 def test_scripts_named_after_a_page_load_there_only(page):
     loaded = {
         Path(s["src"].partition("?")[0]).stem for s in built(page).find_all("script", src=True)
@@ -219,6 +234,53 @@ def test_trainings_of_a_page_go_to_a_gpu_where_there_is_one(path, monkeypatch):
     assert wrong == []
     assert ("cuda", True) in went
     assert set(went) <= {("cuda", True), ("cpu", False)}
+
+
+def test_bootstrap_does_nothing_where_the_library_is_and_clones_where_it_is_not(
+    tmp_path, monkeypatch
+):
+    (first,) = {"".join(cells(path, "code")[0]["source"]) for path in NOTEBOOKS}
+    ran, before = [], [*sys.path]
+    monkeypatch.setattr(subprocess, "run", lambda command, **how: ran.append((command, how)))
+    monkeypatch.setattr(sys, "path", [*before])
+    monkeypatch.chdir(tmp_path)
+    exec(first, {})
+    assert (ran, sys.path) == ([], before)
+    monkeypatch.setitem(sys.modules, "bpfree", None)  # so that its import fails
+    exec(first, {})
+    # and no pip: Colab's packages stay as they are
+    clone = ["git", "clone", "-q", "--depth", "1", ADDRESS, "bpfree-book"]
+    assert ran == [(clone, {"check": True})]
+    assert sys.path == ["bpfree-book", *before]
+
+
+def test_what_colab_has_is_what_the_library_asks_for():
+    pins = re.findall(r"^([\w-]+)==(\S+)$", (ROOT / "tools" / "colab.txt").read_text(), flags=re.M)
+    has = {canonicalize_name(name): version for name, version in pins}
+    wanted = re.search(
+        r"^dependencies = \[(.+?)\]", (ROOT / "pyproject.toml").read_text(), re.M | re.S
+    )
+    asked = [Requirement(text) for text in re.findall(r'"(.+)"', wanted.group(1))]
+    assert {r.name for r in asked} >= {"torch", "torchvision", "numpy", "scikit-learn"}
+    assert [r for r in asked if not r.specifier.contains(has[canonicalize_name(r.name)])] == []
+
+
+def test_pages_ran_with_colabs_packages_and_left_them_alone():
+    """As `make colab` recorded; a page that is newer than the record is not in it."""
+    record = json.loads((ROOT / "figures" / "results" / "colab.json").read_text())
+    assert record["pages"].keys() <= {path.stem for path in NOTEBOOKS}
+    for page in record["pages"].values():
+        assert page["seconds"] < 180
+        assert page["slowest_cell"] < 60
+        assert page["other_outputs"] == []
+    assert record["packages_added"] == record["packages_replaced"] == []
+    assert record["pip_install_would_add"] == ["bpfree"]
+
+
+def test_binder_has_the_python_of_colab_and_what_a_clone_asks_for():
+    asked = yaml.safe_load((ROOT / "environment.yml").read_text())["dependencies"]
+    colabs = re.search(r"Python (3\.\d+)", (ROOT / "tools" / "colab.txt").read_text()).group(1)
+    assert asked == [f"python={colabs}", "pip", {"pip": ["-e .[book,dev]"]}]
 
 
 @on_notebooks
