@@ -1,6 +1,7 @@
 """The pages: notebooks that ran cleanly, files that exist, and the HTML of `make test`."""
 
 import contextlib
+import inspect
 import json
 import os
 import re
@@ -20,6 +21,8 @@ from test_device import pretend, pretending
 import bpfree
 from bpfree.training.fit import Run
 from bpfree.training.lockstep import Lockstep
+
+import bpfree
 
 ROOT = Path(__file__).resolve().parent.parent
 HTML = ROOT / "_build" / "html"
@@ -409,6 +412,27 @@ def test_landing_page_shows_what_is_recorded():
             same = ("data", "epochs", "batch_size", "momentum", "milestones")
             protocols.append([kind, sizes, options, *(recipe[key] for key in same)])
         assert all(protocol == protocols[0] for protocol in protocols), column
+
+
+def test_every_public_name_is_described():
+    entries = {dt["id"]: dt.find_next_sibling("dd") for dt in built("api").select("dl.py > dt[id]")}
+    for name in bpfree.__all__:
+        thing = getattr(bpfree, name)
+        members = vars(thing).items() if inspect.ismodule(thing) else ()
+        inside = [k for k, v in members if not k.startswith("_")
+                  and getattr(v, "__module__", "") == thing.__name__]  # fmt: skip
+        for path in [f"bpfree.{name}.{k}" for k in inside] or [f"bpfree.{name}"]:
+            assert len(entries[path].get_text().split()) > 3, path
+
+
+@pytest.mark.parametrize("name", bpfree.rules.__all__)
+def test_a_rule_is_linked_with_its_story(name):
+    module = sys.modules[getattr(bpfree, name).__module__]
+    number = int(re.search(r"chapter (\d+)", module.__doc__)[1])
+    (story,) = (p for p in PAGES if re.match(rf"chapters/{number:02d}_(\w+)/\1$", p))
+    assert built(story).select_one(f'a.api[href="../../api.html#bpfree.{name}"]')
+    entry = built("api").find(id=f"bpfree.{name}")
+    assert entry.find_parent("section").select_one(f'a[href="{story}.html"]')
 
 
 def test_loop_of_the_landing_page_runs_as_it_stands_there():

@@ -1,6 +1,7 @@
 """Sphinx extension: mends what docutils and the theme write and a screen reader cannot read, and
 loads scripts where they are used."""
 
+import re
 from collections.abc import Callable
 from pathlib import PurePosixPath
 
@@ -11,6 +12,16 @@ def mend_roles(app: Sphinx, page: str, template: str, context: dict, doctree: ob
     """Make a bibliography's entries items of its list: ARIA asks that of a list's children."""
     if "body" in context:
         context["body"] = context["body"].replace('role="doc-biblioentry"', 'role="listitem"')
+
+
+def mend_signatures(app: Sphinx, page: str, template: str, context: dict, doctree: object) -> None:
+    """Lines of a signature are no list of definitions: nothing is defined there."""
+
+    def lines(found: re.Match) -> str:
+        return re.sub("<(/?)dd>", r"<\1span>", f'<span class="sig-lines">{found[1]}</span>')
+
+    if "body" in context:
+        context["body"] = re.sub(r"<dl>\n(<dd>.*?)</dl>", lines, context["body"], flags=re.S)
 
 
 def name_toggles(app: Sphinx, page: str, template: str, context: dict, doctree: object) -> None:
@@ -37,6 +48,7 @@ def load_where_used(app: Sphinx, page: str, template: str, context: dict, doctre
 
 def setup(app: Sphinx) -> dict:
     app.connect("html-page-context", mend_roles)
+    app.connect("html-page-context", mend_signatures)
     app.connect("html-page-context", name_toggles, priority=900)  # after the theme's own
     app.connect("html-page-context", load_where_used, priority=900)
     return {"parallel_read_safe": True, "parallel_write_safe": True}
