@@ -1,6 +1,7 @@
 # make book   the HTML book              make test   everything that is checked
 # make lab    JupyterLab on the chapters  make notebooks   run the chapters from their text twins
 # make colab  the pages with Colab's versions of everything (PYTHON=python3.12, a network for pip)
+# make pdf    the stories as one PDF      make dist        a wheel and the sources, to be installed
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -16,6 +17,7 @@ UNITS := $(BIN)/pytest tests $(BROWSED:%=--ignore=%) -p no:nbval -rs -n 2
 PAGES := CUDA_VISIBLE_DEVICES= $(BIN)/pytest --nbval chapters --ignore=chapters/text --dist loadfile -n 2
 
 .PHONY: book test test-units test-mutants test-pages test-book test-arithmetic test-threads lab notebooks colab figures env lint clean
+.PHONY: book pdf dist test test-units test-mutants test-pages test-book test-arithmetic test-threads lab notebooks figures env lint clean
 
 book: env
 	$(BIN)/jupyter-book build . --quiet
@@ -73,6 +75,11 @@ figures: env
 	$(BIN)/python figures/landing.py
 	$(BIN)/python figures/explorer.py
 
+dist: env
+	rm -rf dist
+	$(BIN)/python -m hatchling build -d dist
+	$(BIN)/pytest tests/test_dist.py -p no:nbval
+
 env: $(VENV)/.installed
 
 $(VENV)/.installed: pyproject.toml
@@ -85,4 +92,4 @@ $(VENV)/.installed: pyproject.toml
 	touch $@
 
 clean:
-	rm -rf _build
+	rm -rf _build dist

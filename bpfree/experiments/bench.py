@@ -204,7 +204,8 @@ def run(device: str = "cpu", folder: str | Path | None = None) -> dict:
         "released": released(device),
         **results.manifest(device),
     }
-    results.write_json(results.path(f"bench-{torch.device(device).type}", folder), content)
+    name = f"bench-{torch.device(device).type}"
+    results.write_json(results.path(name, results.place(folder)), content)
     return content
 
 

@@ -80,7 +80,11 @@ def _parser() -> argparse.ArgumentParser:
     names, device, folder = (argparse.ArgumentParser(add_help=False) for _ in range(3))
     names.add_argument("names", nargs="*", metavar="NAME", help="recipes, as `bpfree list` says")
     device.add_argument("--device", type=_device, default="cpu", help="cpu or cuda (default: cpu)")
-    folder.add_argument("--results", metavar="DIR", help="default: figures/results")
+    folder.add_argument(
+        "--results", metavar="DIR",
+        help="default: figures/results of the checkout; without one, of this folder, and what is"
+        " not there is read from the package",
+    )  # fmt: skip
 
     def command(name: str, does: str, *parents: argparse.ArgumentParser) -> argparse.ArgumentParser:
         return commands.add_parser(name, help=does, parents=[*parents, folder])
@@ -148,6 +152,8 @@ def _run_all(args: argparse.Namespace, team: Ranks) -> None:
         folder=args.results, progress=not args.quiet, save_every=args.save_every,
         deadline=None if args.budget is None else time.monotonic() + args.budget,
     )  # fmt: skip
+    if results.INSTALLED:
+        _say(f"results go to {results.place(args.results).resolve()}")
     late = None
     if on_cpu and team.size == 1 and (jobs := args.jobs or cores()) > 1:
         ended = record_at_once(chosen, args.seeds, jobs, **options)

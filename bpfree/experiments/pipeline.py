@@ -145,4 +145,4 @@ if __name__ == "__main__":
                 print(f"{name:28} {row['images_per_s']:7d} images/s {row['ratio']:6.2f}")
             setting = {"width": WIDTH, "layers": LAYERS, "batch": BATCH, "parts": PARTS}
             content = {"arms": table, "setting": setting, **results.manifest("cpu")}
-            results.write_json(results.path("pipeline-cpu"), content)
+            results.write_json(results.path("pipeline-cpu", results.place()), content)

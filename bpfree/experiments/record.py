@@ -24,7 +24,7 @@ from ..training.checkpoint import digest
 from ..training.fit import Diverged, OutOfTime, Run
 from ..training.ranks import Ranks
 from .recipe import Recipe
-from .results import FORMAT, manifest, path, read, write_json
+from .results import FORMAT, manifest, path, place, read, write_json
 
 PROBE = 512  # training images on which alignment with backprop is measured
 
@@ -57,6 +57,7 @@ def record(
         OutOfTime: if ``deadline`` (``time.monotonic()``) comes first.
         OSError: if the disk is full; what was recorded before stays.
     """
+    folder = place(folder)
     file = path(recipe.name, folder)
     result = _so_far(recipe, folder)
     for seed in result["runs"]:  # of a kill between the record and the removal of its checkpoint
@@ -179,6 +180,7 @@ def record_at_once(
     Yields each recipe when its last seed has ended, with its record or what kept one from it. Where
     the caller stops early, an interrupt say, all processes end at once; their checkpoints stay.
     """
+    folder = place(folder)
     left: dict[str, set[Future]] = {}
     failed: dict[str, Exception] = {}
     with workers.processes(jobs) as submit:

@@ -20,14 +20,28 @@ from . import recipes
 from .tasks import measures
 
 FORMAT = "bpfree-result/1"
-ROOT = Path(__file__).resolve().parents[2]
+CHECKOUT = Path(__file__).resolve().parents[2]
+INSTALLED = not (CHECKOUT / "pyproject.toml").is_file()
+ROOT = (
+    CHECKOUT / "bpfree" if INSTALLED else CHECKOUT
+)  # whose figures/results has the book's records
 KEYS = {"test_accuracy", "diverged", "seconds", "seeds_together", "device"}  # of each run
 
 
+def place(folder: str | os.PathLike | None = None) -> Path:
+    """Where results are written: ``folder``, by default figures/results of this checkout; without a
+    checkout, of the working folder."""
+    default = Path("figures" if INSTALLED else ROOT / "figures") / "results"
+    return Path(os.path.expanduser(folder or default))
+
+
 def path(name: str, folder: str | os.PathLike | None = None) -> Path:
-    """Where a recipe's result is: ``folder``, by default figures/results of this checkout."""
-    folder = os.path.expanduser(folder or ROOT / "figures" / "results")
-    return Path(folder) / f"{name}.json"
+    """Where a recipe's result is read: in ``place(folder)``; without a checkout or ``folder``, what
+    is not there is the book's, which came with the package."""
+    file = place(folder) / f"{name}.json"
+    if INSTALLED and not folder and not file.exists():
+        return ROOT / "figures" / "results" / file.name
+    return file
 
 
 def read(name: str, folder: str | os.PathLike | None = None) -> dict:
