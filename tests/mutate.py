@@ -1,5 +1,7 @@
 """One-line defects that the tests must catch: ``python tests/mutate.py``, run by ``make test``.
 
+    python tests/mutate.py [FILE ...]        only those of these files, such as rules/feedback.py
+
 Each mutant is a copy of the package with one defect, tested by the narrow test named beside it.
 Exit status 1 if a mutant survives, if the tests fail without a defect, or if the text to be
 changed no longer occurs exactly once in its file.
@@ -363,8 +365,8 @@ MUTANTS = [
 ]  # fmt: skip
 
 
-def run(mutant: Mutant | None) -> tuple[str, float]:
-    """Verdict and seconds of one mutant; for None, of the package as it is on every test.
+def run(mutant: Mutant | None, tests: list[str]) -> tuple[str, float]:
+    """Verdict and seconds of one mutant on its test; for None, of the package as it is on all.
 
     Runs in a process of its own, which must not have imported the package before.
     """
@@ -378,7 +380,6 @@ def run(mutant: Mutant | None) -> tuple[str, float]:
             if (times := source.count(mutant.old)) != 1:
                 return f"STALE: the old text occurs {times} times", 0.0
             path.write_text(source.replace(mutant.old, mutant.new))
-        tests = [mutant.test] if mutant else sorted({m.test for m in MUTANTS})
         sys.path.insert(0, str(copy.parent))
         output = io.StringIO()
         with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
@@ -405,23 +406,28 @@ def warm_up() -> None:
     torch.optim.SGD([torch.ones(1)]).step()
 
 
-def main() -> int:
+def main(files: list[str]) -> int:
     start = time.perf_counter()
+    chosen = [m for m in MUTANTS if not files or m.file in files]
+    if unknown := set(files) - {m.file for m in chosen}:
+        print(f"no mutant of {', '.join(sorted(unknown))}: add one to MUTANTS in tests/mutate.py")
+        return 2
+    jobs = [(None, sorted({m.test for m in chosen})), *((m, [m.test]) for m in chosen)]
     forks = "fork" in multiprocessing.get_all_start_methods()
     context = multiprocessing.get_context("fork" if forks else "spawn")
     if forks:
         warm_up()
     with context.Pool(PROCESSES, maxtasksperchild=1) as pool:
-        (verdict, seconds), *results = pool.map(run, [None, *MUTANTS], chunksize=1)
+        (verdict, seconds), *results = pool.starmap(run, jobs, chunksize=1)
     print(f"{verdict:9}{seconds:5.1f} s  without a defect")
     good = verdict == "passes"
-    for mutant, (verdict, seconds) in zip(MUTANTS, results, strict=True):
+    for mutant, (verdict, seconds) in zip(chosen, results, strict=True):
         good &= verdict == "caught"
         print(f"{verdict:9}{seconds:5.1f} s  {mutant.file:20} {mutant.reason:52} {mutant.test}")
     caught = sum(verdict == "caught" for verdict, _ in results)
-    print(f"{caught} of {len(MUTANTS)} caught in {time.perf_counter() - start:.0f} s")
+    print(f"{caught} of {len(chosen)} caught in {time.perf_counter() - start:.0f} s")
     return 0 if good else 1
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

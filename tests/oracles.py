@@ -274,8 +274,10 @@ def written_out(
             deltas = broadcast(t)
         elif name in EKDAAS:
             deltas = towards_targets(**options)
-        else:
+        elif name == "frozen":
             deltas = [0 * h1, 0 * h2, e]
+        else:
+            raise KeyError(f"no equations for {name!r}: add them to written_out in oracles.py")
         grads = {}
         for l, (delta, r) in enumerate(zip(deltas, (x, h1, h2), strict=True)):
             grads[f"{l}.linear.weight"] = torch.einsum("bi,bj->ij", delta, r) / len(x)
@@ -579,8 +581,10 @@ def block_by_block(
         elif name in ATTENTIONS:
             grad = above.gradients(deltas[l + 1])["weight"]
             v = above.carry(deltas[l + 1], attention_to(name, W[l + 1], grad))
-        else:
+        elif name in ("backprop", "frozen"):
             v = above.carry(deltas[l + 1], W[l + 1]) * (0 if name == "frozen" else 1)
+        else:
+            raise KeyError(f"no equations for {name!r}: add them to block_by_block in oracles.py")
         deltas[l] = cuts[l].slope_times(v)
     grads = {
         f"{l - 1}.linear.{key}": grad

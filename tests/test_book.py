@@ -57,6 +57,9 @@ BLOCKS = {
         ["The question", "Setup", "Notation", "The rule", "Build it", "Check it", "Try it",
          "The paper and we", "Recap", "When is it backprop?", "Questions", "Reading"], 3000,
     ),
+    "errata": (["Setup", "PEPITA", "EKDAA", "Leader-follower networks", "Next-layer attention"],
+               2000),
+    "reproduce": (["Setup", "What is recorded", "What is not run", "The other records"], 6000),
     "speed": (["The question", "Setup", "Break it", "Exercises", "Recap", "Reading", "Versions"],
               6000),
 }  # fmt: skip
@@ -284,6 +287,8 @@ def test_binder_has_the_python_of_colab_and_what_a_clone_asks_for():
     asked = yaml.safe_load((ROOT / "environment.yml").read_text())["dependencies"]
     colabs = re.search(r"Python (3\.\d+)", (ROOT / "tools" / "colab.txt").read_text()).group(1)
     assert asked == [f"python={colabs}", "pip", {"pip": ["-e .[book,dev]"]}]
+def test_every_page_is_of_a_kind():
+    assert {kind(p) for p in NOTEBOOKS} - BLOCKS.keys() == set(), "add what it must have to BLOCKS"
 
 
 @on_notebooks

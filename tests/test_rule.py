@@ -8,6 +8,7 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
+from mutate import MUTANTS
 from oracles import (
     LEADER_FOLLOWERS,
     ONE_PASS,
@@ -42,6 +43,19 @@ OPTIMIZERS = {
 
 def grads_of(rule):
     return {name: None if p.grad is None else p.grad.clone() for name, p in rule.params().items()}
+
+
+# ---- what a rule of the library comes with ----
+
+
+def test_every_rule_of_the_library_has_an_oracle_and_a_mutant():
+    """Else it would be among no test that is for every rule, and nobody would notice."""
+    rules = {n: getattr(bpfree, n) for n in bpfree.rules.__all__ if n != "shuffled"}
+    checked = {getattr(make, "func", make).__name__ for make in RULES.values()}
+    apart = {"ForwardGradient"}  # its update is random: test_forward_gradient.py
+    assert not set(rules) - checked - apart, "add each to RULES in oracles.py, with its equations"
+    files = {f"rules/{rule.__module__.rpartition('.')[2]}.py" for rule in rules.values()}
+    assert not files - {m.file for m in MUTANTS}, "add a mutant of each to mutate.py"
 
 
 # ---- backward ------------------------------------------------------------------------------------

@@ -17,6 +17,8 @@ NAMES = [name for name in rules.__all__ if name != "shuffled"]
 
 
 def test_every_rule_has_a_look_of_its_own():
+    missing = [name for name in NAMES if name not in style.RULES]
+    assert not missing, "add a line for each to RULES in bpfree/style.py"
     looks = [style.RULES[name] for name in NAMES]
     for part in zip(*looks, strict=True):  # labels, colours, line styles, markers
         assert len(set(part)) == len(looks)
