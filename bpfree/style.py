@@ -25,18 +25,24 @@ RULES = {
 }
 
 
+def _look(rule: str) -> tuple:
+    if rule not in RULES:
+        raise KeyError(f"{rule} has no look: add a line to RULES in bpfree/style.py")
+    return RULES[rule]
+
+
 def label(rule: str) -> str:
     """Short name of a rule class, as figures and tables print it."""
     if rule.startswith("Released"):
         return f"{label(rule.removeprefix('Released'))}, released"
     if rule.startswith("Shuffled"):
-        return f"{RULES[rule.removeprefix('Shuffled')][0]}, {RULES['Shuffled'][0]}"
-    return RULES[rule][0]
+        return f"{_look(rule.removeprefix('Shuffled'))[0]}, {RULES['Shuffled'][0]}"
+    return _look(rule)[0]
 
 
 def line(rule: str) -> dict:
     """Keyword arguments of ``Axes.plot`` for a rule class, given by its name."""
-    _, color, linestyle, marker = RULES["Shuffled" if rule.startswith("Shuffled") else rule]
+    _, color, linestyle, marker = _look("Shuffled" if rule.startswith("Shuffled") else rule)
     return dict(label=label(rule), color=color, linestyle=linestyle, marker=marker)
 
 
