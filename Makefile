@@ -11,7 +11,7 @@ export OMP_NUM_THREADS := 1
 # The numbers of another processor: no vector instructions but the oldest, another order of sums
 OTHER := ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 MKL_CBWR=COMPATIBLE
 TWO := OMP_NUM_THREADS=2 OMP_WAIT_POLICY=passive
-BROWSED := $(patsubst %,tests/test_%.py,book browser playground explorer)
+BROWSED := $(patsubst %,tests/test_%.py,book browser playground explorer search)
 UNITS := $(BIN)/pytest tests $(BROWSED:%=--ignore=%) -p no:nbval -rs -n 2
 # the outputs that are compared are a CPU's, on every machine
 PAGES := CUDA_VISIBLE_DEVICES= $(BIN)/pytest --nbval chapters --ignore=chapters/text --dist loadfile -n 2
@@ -74,6 +74,8 @@ figures: env
 	$(BIN)/python figures/modulators.py
 	$(BIN)/python figures/landing.py
 	$(BIN)/python figures/explorer.py
+	$(BIN)/python figures/symbols.py
+	$(BIN)/python figures/preview.py
 
 dist: env
 	rm -rf dist

@@ -11,7 +11,7 @@ from pathlib import Path
 
 TEXT = Path(__file__).resolve().parent.parent / "chapters" / "text"
 HEAD = ("symbol", "meaning", "shape", "name in code", "page")
-LETTERS = "a b c d e f g h i j k l m n o p q r s t u v w x y z".split()
+LETTERS = "a b c d e f g h i j k l ell m n o p q r s t u v w x y z".split()
 LETTERS += """alpha beta gamma delta varepsilon zeta eta theta kappa lambda mu pi rho sigma varphi
     omega""".split()
 # what may stand before the letter that a symbol is looked up by
@@ -21,8 +21,8 @@ DRESS = r"\\(mathbb|mathcal|mathrm|bar|tilde|dot|hat|lVert|langle|operatorname)|
 def letter(symbol: str) -> tuple[int, str]:
     """The place in the index: Latin letters, then Greek ones, then the rest; upper case first."""
     bare = re.sub(rf"^({DRESS})+", "", symbol)
-    found = re.match(r"\\?([A-Za-z]+)", bare) if bare.startswith("\\") else re.match("[A-Za-z]", bare)
-    name = found[0].lstrip("\\") if found else ""
+    found = re.match(r"\\([A-Za-z]+)|([A-Za-z])", bare)
+    name = (found[1] or found[2]) if found else ""
     known = name.lower() in LETTERS
     return LETTERS.index(name.lower()) if known else len(LETTERS), bare
 
@@ -53,7 +53,8 @@ def page() -> str:
         text = file.read_text()
         title = re.search(r"^# ([^:\n]+)", text, flags=re.M)[1]
         for label, row in tables(text):
-            found.append([*row, f"{{ref}}`{title.partition(', ')[0]} <{label}>`"])
+            said = title.partition(", ")[0] + ", theory" * file.stem.endswith("_theory")
+            found.append([*row, f"{{ref}}`{said} <{label}>`"])
     rows = [HEAD, ["---"] * len(HEAD), *sorted(found, key=lambda row: letter(row[0]))]
     return "\n".join(f"| {' | '.join(row)} |" for row in rows) + "\n"
 

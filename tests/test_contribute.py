@@ -55,7 +55,7 @@ def run(folder: Path, *command: str) -> str:
 
 def commands(beginning: str) -> list[list[str]]:
     """The guide's commands that begin so, each as its words."""
-    lines = (line for language, block in BLOCKS if language == "bash" for line in block.splitlines())
+    lines = "".join(block for language, block in BLOCKS if language == "bash").splitlines()
     parts = [re.findall(r'"[^"]*"|\S+', line) for line in lines if line.startswith(beginning)]
     assert parts
     return [[word.strip('"') for word in words] for words in parts]

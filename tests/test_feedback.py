@@ -223,7 +223,13 @@ def test_unit_magnitudes_are_the_scale_itself(mlp):
 def test_what_is_fixed_is_a_buffer_and_what_learns_is_a_parameter(name, mlp):
     rule = RULES[name](mlp.net, generator=generator())
     fixed, learned = set(rule.state()), {k for k in rule.params() if k.startswith("rule.")}
-    numbered = {"fa": "B", "kp": "B", "sign-unit": "S", "sign-fixed": "S", **dict.fromkeys(EKDAAS, "E")}
+    numbered = {
+        "fa": "B",
+        "kp": "B",
+        "sign-unit": "S",
+        "sign-fixed": "S",
+        **dict.fromkeys(EKDAAS, "E"),
+    }
     keys = {
         "dfa": {"D1", "D2"},
         "drtp": {"D1", "D2"},
