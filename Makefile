@@ -18,6 +18,9 @@ PAGES := CUDA_VISIBLE_DEVICES= $(BIN)/pytest --nbval chapters --ignore=chapters/
 
 .PHONY: book test test-units test-mutants test-pages test-book test-arithmetic test-threads lab notebooks colab figures env lint clean
 .PHONY: book pdf dist test test-units test-mutants test-pages test-book test-arithmetic test-threads lab notebooks figures env lint clean
+PAGES := $(BIN)/pytest --nbval chapters --ignore=chapters/text --ignore=chapters/assignments --dist loadfile -n 2
+
+.PHONY: book test test-units test-mutants test-pages test-book test-arithmetic test-threads lab notebooks assignments figures env lint clean
 
 book: env
 	$(BIN)/jupyter-book build . --quiet
@@ -45,7 +48,7 @@ test-book: env
 test-threads: env
 	$(TWO) $(UNITS)
 	rm -rf _build/alone
-	for page in chapters/*/*.ipynb; do \
+	for page in chapters/[0-9]*/*.ipynb; do \
 	  folder=_build/alone/$$(basename $$page .ipynb); mkdir -p $$folder; cp $$page $$folder; done
 	$(TWO) $(PAGES:chapters=_build/alone)
 
@@ -68,6 +71,9 @@ notebooks: env
 
 colab:
 	$(PYTHON) tools/colab.py
+# student versions to chapters/assignments, solutions and autograders to _build/assignments
+assignments: env
+	$(BIN)/python tools/assignments.py --variant $(or $(VARIANT),0)
 
 figures: env
 	$(BIN)/python figures/paths.py

@@ -16,6 +16,7 @@ import os
 import re
 import resource
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -34,11 +35,11 @@ def notebook(twin: Path) -> Path:
     return (CHAPTERS / twin.relative_to(CHAPTERS / "text")).with_suffix(".ipynb")
 
 
-def render(twin: Path):
+def render(twin: Path, adapt: Callable[[str], str] = str):
     """The twin as a notebook without outputs."""
     import jupytext
 
-    text = twin.read_text().replace("{{ repository }}", repository())
+    text = adapt(twin.read_text()).replace("{{ repository }}", repository())
     nb = jupytext.reads(text, fmt="md:myst")
     nb.metadata = {
         "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},

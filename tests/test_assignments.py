@@ -1,0 +1,141 @@
+"""The assignments: what otter makes of their sources, and the marks that answers and mistakes get.
+
+    python tests/test_assignments.py     the table of mistakes and points, in Markdown
+
+A mistake is a replacement in the reference solution. It must cost the points that the table beside
+the source says, in these questions and in no other, and its hint must name the idea.
+"""
+
+import ast
+import sys
+from copy import deepcopy
+from functools import cache
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "tools"))
+
+import assignments  # noqa: E402
+
+NAMES = [source.stem for source in assignments.sources()]
+MISTAKES = {
+    source.stem: yaml.safe_load(source.with_suffix(".yml").read_text())
+    for source in assignments.sources()
+}
+SOLUTION = "otter_assign_solution_cell"
+TABLE = [(name, entry) for name in NAMES for entry in MISTAKES[name]]
+
+on_assignments = pytest.mark.parametrize("name", NAMES)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """(assignment, variant) -> its student version and its solution."""
+    import nbformat
+
+    folder = tmp_path_factory.mktemp("assignments")
+
+    @cache
+    def make(name, variant=0):
+        source = assignments.ASSIGNMENTS / "source" / f"{name}.md"
+        paths = assignments.make(source, variant, folder)
+        return assignments.Made(*(nbformat.read(path, 4) for path in paths))
+
+    return make
+
+
+def lost(marks):
+    return {q: m.possible - m.score for q, m in marks.items() if m.score < m.possible}
+
+
+def with_mistake(solution, entry):
+    wrong = deepcopy(solution)
+    assert sum(cell.source.count(entry["replace"]) for cell in wrong.cells) == 1, entry["replace"]
+    for cell in wrong.cells:
+        cell.source = cell.source.replace(entry["replace"], entry["with"])
+    return wrong
+
+
+@on_assignments
+def test_the_student_version_is_the_sources(name, made):
+    import nbformat
+
+    committed = nbformat.read(assignments.ASSIGNMENTS / f"{name}.ipynb", 4)
+    assert committed == made(name).student, "make assignments"
+
+
+@on_assignments
+def test_the_student_version_shows_no_solution_output_or_hidden_test(name, made):
+    student, solution = made(name)
+    assert not any(cell.get("outputs") for cell in student.cells)
+    text = "\n".join(cell.source for cell in student.cells) + str(student.metadata)
+    assert not [w for w in ("SOLUTION", "TESTS", "hidden=True", "{{") if w in text]
+    answers = [cell.source for cell in solution.cells if SOLUTION in cell.metadata.get("tags", [])]
+    assert answers
+    assert not [answer for answer in answers if answer in text]
+
+
+@on_assignments
+@pytest.mark.parametrize("variant", assignments.VARIANTS)
+def test_reference_gets_full_marks(name, variant, made):
+    solution = made(name, variant).solution
+    marks = assignments.grade(solution, solution)
+    assert lost(marks) == {}
+    if variant == 0:
+        said = sum(m.possible for m in marks.values())
+        assert f"{said:g} by tests" in solution.cells[0].source
+
+
+@on_assignments
+def test_untouched_student_version_gets_nothing(name, made):
+    student, solution = made(name)
+    assert sum(m.score for m in assignments.grade(student, solution).values()) == 0
+
+
+@on_assignments
+def test_every_question_has_a_mistake(name, made):
+    tests = made(name).solution.metadata["otter"]["tests"]
+    assert len(MISTAKES[name]) >= 3
+    assert {q for entry in MISTAKES[name] for q in entry["loses"]} == set(tests)
+
+
+@pytest.mark.parametrize(
+    "name, entry", TABLE, ids=lambda v: v if isinstance(v, str) else v["mistake"]
+)
+def test_a_mistake_costs_its_own_points_and_is_named(name, entry, made):
+    solution = made(name).solution
+    marks = assignments.grade(with_mistake(solution, entry), solution)
+    assert lost(marks) == entry["loses"]
+    assert any(entry["hint"] in hint for q in entry["loses"] for hint in marks[q].hints), marks
+
+
+@on_assignments
+def test_another_variants_solution_does_not_pass(name, made):
+    marks = assignments.grade(made(name, 1).solution, made(name).solution)
+    assert sum(lost(marks).values()) >= 0.25 * sum(m.possible for m in marks.values())
+
+
+@on_assignments
+def test_every_answer_has_a_name_of_its_own(name, made):
+    """A question is tested after its last cell; no later cell may redefine what it tests."""
+    answers = []
+    for cell in made(name).solution.cells:
+        if cell.cell_type == "code" and SOLUTION in cell.metadata.get("tags", []):
+            body = ast.parse(cell.source).body
+            answers += [node.name for node in body if isinstance(node, ast.FunctionDef)]
+    assert len(answers) == len(set(answers)) > 0
+
+
+def table() -> str:
+    rows = ["| assignment | mistake | points lost |", "|---|---|---|"]
+    for name, entry in TABLE:
+        points = ", ".join(f"{q}: {p}" for q, p in entry["loses"].items())
+        rows.append(f"| {name} | {entry['mistake']} | {points} |")
+    return "\n".join(rows)
+
+
+if __name__ == "__main__":
+    print(table())

@@ -1,0 +1,151 @@
+"""Make the assignments from their sources, and grade what comes back.
+
+    python tools/assignments.py [NAME ...]              the student versions in chapters/assignments,
+                                                        the rest in _build/assignments
+    python tools/assignments.py --variant 1 [NAME ...]  another variant, in _build/assignments only
+    python tools/assignments.py --grade NAME FILE ...   marks and hints for submitted notebooks, whose
+                                                        code runs here and now, with your rights
+
+A source, chapters/assignments/source/NAME.md, is a text twin with otter-grader's markers in fences.
+``{{ repository }}`` in it stands for the address in _config.yml, and ``{{ A | B }}`` for A in
+variant 0 and for B in variant 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import re
+import shutil
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+from notebooks import ROOT, render
+
+ASSIGNMENTS = ROOT / "chapters" / "assignments"
+BUILD = ROOT / "_build" / "assignments"
+VARIANTS = (0, 1)
+
+
+class Made(NamedTuple):
+    """The notebooks of one assignment. The solution holds all tests in its metadata."""
+
+    student: Path
+    solution: Path
+
+
+class Marks(NamedTuple):
+    """Of one question."""
+
+    score: float
+    possible: float
+    hints: list[str]  # one per failed test
+
+
+def sources() -> list[Path]:
+    return sorted((ASSIGNMENTS / "source").glob("*.md"))
+
+
+def master(source: Path, variant: int = 0):
+    """The notebook that otter reads."""
+    nb = render(source, lambda text: re.sub(
+        r"\{\{ (.+?) \| (.+?) \}\}", lambda found: found[1 + variant], text
+    ))  # fmt: skip
+    nb.metadata["kernelspec"]["language"] = "python"
+    return nb
+
+
+def make(source: Path, variant: int = 0, build: Path = BUILD) -> Made:
+    """Let otter take the source apart, without a network, a PDF or a kernel."""
+    import nbformat
+    from otter.assign import main as assign
+
+    name = f"{source.stem}.ipynb"
+    folder = build / f"variant-{variant}" / source.stem
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    nbformat.write(master(source, variant), folder / name)
+    assign(str(folder / name), str(folder), no_pdfs=True, no_run_tests=True)
+    made = Made(folder / "student" / name, folder / "autograder" / name)
+    for bundle in made.solution.parent.glob("*.zip"):  # named after the time of day
+        bundle.rename(bundle.with_name(f"{source.stem}.zip"))
+    for path in made:
+        nb = nbformat.read(path, 4)
+        for i, cell in enumerate(nb.cells):
+            cell["id"] = f"cell-{i}"  # drawn at random
+            for key in ("editable", "deletable"):
+                cell.metadata.pop(key, None)
+        nb.nbformat, nb.nbformat_minor = 4, 5
+        nbformat.validate(nb)
+        nbformat.write(nb, path)
+    return made
+
+
+def grade(submission, solution) -> dict[str, Marks]:
+    """Marks by question, of a notebook that is run in this process.
+
+    As otter does it: a cell that fails is left, and a question is tested after its last cell.
+    """
+    from otter.test_files.exception_test import ExceptionTestFile
+
+    tests = {
+        question: ExceptionTestFile.from_metadata(text, question)
+        for question, text in solution.metadata["otter"]["tests"].items()
+    }
+    names: dict = {"__name__": "__main__", "display": lambda *shown: None}
+    with contextlib.redirect_stdout(io.StringIO()):
+        for cell in submission.cells:
+            if cell.cell_type == "code":
+                with contextlib.suppress(Exception, SystemExit):
+                    exec(compile(cell.source, "<cell>", "exec"), names)
+            for question in cell.metadata.get("otter", {}).get("tests", []):
+                tests[question].run(names)
+        for test in tests.values():
+            if not test.test_case_results:  # its last cell was deleted
+                test.run(names)
+    return {question: marks(test) for question, test in tests.items()}
+
+
+def marks(test) -> Marks:
+    failed = [result.message for result in test.test_case_results if not result.passed]
+    hints = [message.rpartition("Error: ")[2].strip() for message in failed]
+    return Marks(test.score, test.possible, hints)
+
+
+def show(marks: dict[str, Marks]) -> str:
+    lines = [f"  {q:28}{m.score:4g} of {m.possible:g}" for q, m in marks.items()]
+    lines += [f"  {question}: {hint}" for question, m in marks.items() for hint in m.hints]
+    total = [sum(m[i] for m in marks.values()) for i in (0, 1)]
+    return "\n".join([f"{total[0]:g} of {total[1]:g}", *lines])
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("names", nargs="*")
+    parser.add_argument("--variant", type=int, choices=VARIANTS, default=0)
+    parser.add_argument("--grade", metavar="NAME")
+    args = parser.parse_args()
+    known = {source.stem: source for source in sources()}
+    wanted = [args.grade] if args.grade else args.names or list(known)
+    if missing := set(wanted) - set(known):
+        parser.error(f"no source for {', '.join(sorted(missing))}")
+    if args.grade:
+        import nbformat
+
+        with contextlib.redirect_stdout(io.StringIO()):
+            solution = nbformat.read(make(known[args.grade], args.variant).solution, 4)
+        for file in args.names:
+            print(f"{file}: {show(grade(nbformat.read(file, 4), solution))}")
+        return 0
+    for name in wanted:
+        made = make(known[name], args.variant)
+        if args.variant == 0:
+            shutil.copy(made.student, ASSIGNMENTS)
+        print(f"{name}: {made.solution.parent.relative_to(ROOT)}", flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
