@@ -1,10 +1,10 @@
 """Make the assignments from their sources, and grade what comes back.
 
-    python tools/assignments.py [NAME ...]              student versions in chapters/assignments, the
-                                                        rest in _build/assignments
-    python tools/assignments.py --variant 1 [NAME ...]  another variant, in _build/assignments only
-    python tools/assignments.py --grade NAME FILE ...   marks and hints for submitted notebooks, which
-                                                        run here and now, with your rights
+    python tools/assignments.py [NAME ...]              student versions in chapters/assignments,
+                                                        the rest in _build/assignments
+    python tools/assignments.py --variant 1 [NAME ...]  another variant, in _build/assignments
+    python tools/assignments.py --grade NAME FILE ...   marks and hints for notebooks handed in;
+                                                        they run here and now, with your rights
 
 A source, chapters/assignments/source/NAME.md, is a text twin with otter-grader's markers in fences.
 ``{{ repository }}`` in it stands for the address in _config.yml, and ``{{ A | B }}`` for A in
