@@ -117,8 +117,8 @@ def marks(test) -> Marks:
 def show(marks: dict[str, Marks]) -> str:
     lines = [f"  {q:28}{m.score:4g} of {m.possible:g}" for q, m in marks.items()]
     lines += [f"  {question}: {hint}" for question, m in marks.items() for hint in m.hints]
-    total = [sum(m[i] for m in marks.values()) for i in (0, 1)]
-    return "\n".join([f"{total[0]:g} of {total[1]:g}", *lines])
+    score, possible = sum(m.score for m in marks.values()), sum(m.possible for m in marks.values())
+    return "\n".join([f"{score:g} of {possible:g}", *lines])
 
 
 def main() -> int:
