@@ -19,6 +19,7 @@ import io
 import re
 import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -83,21 +84,26 @@ def make(source: Path, variant: int = 0, build: Path = BUILD) -> Made:
     return made
 
 
-def grade(submission, solution) -> dict[str, Marks]:
+def grade(
+    submission, solution, names: dict | None = None, again: Callable[..., bool] = lambda cell: True
+) -> dict[str, Marks]:
     """Marks by question, of a notebook that is run in this process.
 
     As otter does it: a cell that fails is left, and a question is tested after its last cell.
+    ``names`` holds what the notebook defines, in the end; where it is not empty at the start, only
+    the cells that must run ``again`` do.
     """
     from otter.test_files.exception_test import ExceptionTestFile
 
+    names = {} if names is None else names
+    names |= {"__name__": "__main__", "display": lambda *shown: None}
     tests = {
         question: ExceptionTestFile.from_metadata(text, question)
         for question, text in solution.metadata["otter"]["tests"].items()
     }
-    names: dict = {"__name__": "__main__", "display": lambda *shown: None}
     with contextlib.redirect_stdout(io.StringIO()):
         for cell in submission.cells:
-            if cell.cell_type == "code":
+            if cell.cell_type == "code" and again(cell):
                 with contextlib.suppress(Exception, SystemExit):
                     exec(compile(cell.source, "<cell>", "exec"), names)
             for question in cell.metadata.get("otter", {}).get("tests", []):
