@@ -1,19 +1,17 @@
 """The assignments: what otter makes of their sources, and the marks that answers and mistakes get.
 
-    python tests/test_assignments.py     the table of mistakes and points, in Markdown
-
 A mistake is a replacement in the reference solution. It must cost the points that the table beside
 the source says, in these questions and in no other, and its hint must name the idea.
 """
 
 import ast
+import re
 import sys
 from copy import deepcopy
 from functools import cache
 from pathlib import Path
 
 import pytest
-import yaml
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tools"))
@@ -21,10 +19,7 @@ sys.path.insert(0, str(ROOT / "tools"))
 import assignments  # noqa: E402
 
 NAMES = [source.stem for source in assignments.sources()]
-MISTAKES = {
-    source.stem: yaml.safe_load(source.with_suffix(".yml").read_text())
-    for source in assignments.sources()
-}
+MISTAKES = {source.stem: assignments.mistakes(source) for source in assignments.sources()}
 SOLUTION = "otter_assign_solution_cell"
 TABLE = [(name, entry) for name in NAMES for entry in MISTAKES[name]]
 
@@ -159,13 +154,21 @@ def test_every_answer_has_a_name_of_its_own(name, made):
     assert len(answers) == len(set(answers)) > 0
 
 
-def table() -> str:
-    rows = ["| assignment | mistake | points lost |", "|---|---|---|"]
-    for name, entry in TABLE:
-        points = ", ".join(f"{q}: {p}" for q, p in entry["loses"].items())
-        rows.append(f"| {name} | {entry['mistake']} | {points} |")
-    return "\n".join(rows)
+def test_tables_of_the_instructors_page_are_the_sources():
+    for file, text in (("overview", assignments.overview()), ("mistakes", assignments.table())):
+        path = assignments.ASSIGNMENTS / f"{file}.md"
+        assert path.read_text() == text, "make assignments"
 
 
-if __name__ == "__main__":
-    print(table())
+def test_minutes_of_the_syllabuses_are_the_pages():
+    minutes = {}
+    for twin in (ROOT / "chapters" / "text").glob("*/*.md"):
+        opening = twin.read_text().partition("## ")[0]
+        if stated := re.search(r"\*\*Time\*\*: (\d+) minutes", opening):
+            minutes[re.search(r"\((ch-.+?)\)=", opening)[1]] = int(stated[1])
+    page = (ROOT / "instructors.md").read_text()
+    rows = [row.split("|")[2:4] for row in page.splitlines() if re.match(r"\| \d", row)]
+    assert len(rows) == 5 + 4 + 12
+    for read, total in rows:
+        assert sum(minutes[ref] for ref in re.findall(r"<(.+?)>`", read)) == int(total.strip() or 0)
+    assert f"{{ref}}`ch-speed` ({minutes['ch-speed']} minutes)" in page

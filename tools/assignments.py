@@ -46,7 +46,10 @@ class Marks(NamedTuple):
 
 
 def sources() -> list[Path]:
-    return sorted((ASSIGNMENTS / "source").glob("*.md"))
+    """In the order of the book."""
+    order = re.findall(r"assignments/(\w+)", (ROOT / "_toc.yml").read_text())
+    found = sorted((ASSIGNMENTS / "source").glob("*.md"))
+    return sorted(found, key=lambda path: (order + [path.stem]).index(path.stem))
 
 
 def master(source: Path, variant: int = 0):
@@ -120,6 +123,34 @@ def marks(test) -> Marks:
     return Marks(test.score, test.possible, hints)
 
 
+def mistakes(source: Path) -> list[dict]:
+    """What students get wrong, as replacements in the solution, and what it costs."""
+    import yaml
+
+    return yaml.safe_load(source.with_suffix(".yml").read_text())
+
+
+def overview() -> str:
+    """The table of assignments, from what they say of themselves."""
+    rows = ["| assignment | minutes | points by tests | written |", "|---|---|---|---|"]
+    pattern = r"\((as-.+?)\)=.*?Time\*\*: (\d+) min.*?Points\*\*: (\d+) by tests, (\d+) for"
+    for source in sources():
+        label, *numbers = re.search(pattern, source.read_text(), re.S).groups()
+        rows.append(" | ".join(["| {ref}`" + label + "`", *numbers]) + " |")
+    return "\n".join(rows) + "\n"
+
+
+def table() -> str:
+    """The mistakes of all assignments."""
+    rows = ["| assignment | mistake | points lost, in |", "|---|---|---|"]
+    for source in sources():
+        name = source.stem.removesuffix("_assignment").replace("_", " ")
+        for entry in mistakes(source):
+            points = ", ".join(f"{lost}, {q}" for q, lost in entry["loses"].items())
+            rows.append(f"| {name} | {entry['mistake']} | {points} |")
+    return "\n".join(rows) + "\n"
+
+
 def show(marks: dict[str, Marks]) -> str:
     lines = [f"  {q:28}{m.score:4g} of {m.possible:g}" for q, m in marks.items()]
     lines += [f"  {question}: {hint}" for question, m in marks.items() for hint in m.hints]
@@ -150,6 +181,8 @@ def main() -> int:
         if args.variant == 0:
             shutil.copy(made.student, ASSIGNMENTS)
         print(f"{name}: {made.solution.parent.relative_to(ROOT)}", flush=True)
+    (ASSIGNMENTS / "overview.md").write_text(overview())
+    (ASSIGNMENTS / "mistakes.md").write_text(table())
     return 0
 
 
