@@ -122,6 +122,32 @@ def test_untouched_student_version_gets_nothing(name, made):
 
 
 @on_assignments
+def test_untouched_student_version_fails_in_answers_and_checks_only(name, made):
+    names, failed = {}, []
+    for cell in made(name).student.cells:
+        if cell.cell_type == "code":
+            try:
+                exec(cell.source, names)
+            except (AssertionError, AttributeError, TypeError):
+                if "otter_answer_cell" not in cell.metadata.get("tags", []):
+                    failed.append(cell.source)
+    assert failed
+    assert [source for source in failed if not source.startswith("# check")] == []
+
+
+@on_assignments
+def test_first_cell_is_that_of_the_books_pages(name, made):
+    import nbformat
+
+    page = nbformat.read(ROOT / "chapters" / "00_notation" / "notation.ipynb", 4)
+    first = [
+        next(c.source for c in nb.cells if c.cell_type == "code")
+        for nb in (page, made(name).student)
+    ]
+    assert first[0] == first[1]
+
+
+@on_assignments
 def test_every_question_has_a_mistake(name, made):
     tests = made(name).solution.metadata["otter"]["tests"]
     assert len(MISTAKES[name]) >= 3
