@@ -14,13 +14,11 @@ TWO := OMP_NUM_THREADS=2 OMP_WAIT_POLICY=passive
 BROWSED := $(patsubst %,tests/test_%.py,book browser playground explorer search)
 UNITS := $(BIN)/pytest tests $(BROWSED:%=--ignore=%) -p no:nbval -rs -n 2
 # the outputs that are compared are a CPU's, on every machine
-PAGES := CUDA_VISIBLE_DEVICES= $(BIN)/pytest --nbval chapters --ignore=chapters/text --dist loadfile -n 2
+PAGES := CUDA_VISIBLE_DEVICES= $(BIN)/pytest --nbval chapters --ignore=chapters/text \
+  --ignore=chapters/assignments --dist loadfile -n 2
 
-.PHONY: book test test-units test-mutants test-pages test-book test-arithmetic test-threads lab notebooks colab figures env lint clean
-.PHONY: book pdf dist test test-units test-mutants test-pages test-book test-arithmetic test-threads lab notebooks figures env lint clean
-PAGES := $(BIN)/pytest --nbval chapters --ignore=chapters/text --ignore=chapters/assignments --dist loadfile -n 2
-
-.PHONY: book test test-units test-mutants test-pages test-book test-arithmetic test-threads lab notebooks assignments figures env lint clean
+.PHONY: book pdf dist test test-units test-mutants test-pages test-book test-arithmetic test-threads \
+	lab notebooks colab assignments figures env lint clean
 
 book: env
 	$(BIN)/jupyter-book build . --quiet

@@ -22,8 +22,6 @@ import bpfree
 from bpfree.training.fit import Run
 from bpfree.training.lockstep import Lockstep
 
-import bpfree
-
 ROOT = Path(__file__).resolve().parent.parent
 HTML = ROOT / "_build" / "html"
 CONFIG = yaml.safe_load((ROOT / "_config.yml").read_text())
@@ -287,6 +285,8 @@ def test_binder_has_the_python_of_colab_and_what_a_clone_asks_for():
     asked = yaml.safe_load((ROOT / "environment.yml").read_text())["dependencies"]
     colabs = re.search(r"Python (3\.\d+)", (ROOT / "tools" / "colab.txt").read_text()).group(1)
     assert asked == [f"python={colabs}", "pip", {"pip": ["-e .[book,dev]"]}]
+
+
 def test_every_page_is_of_a_kind():
     assert {kind(p) for p in NOTEBOOKS} - BLOCKS.keys() == set(), "add what it must have to BLOCKS"
 
