@@ -69,6 +69,7 @@ notebooks: env
 
 colab:
 	$(PYTHON) tools/colab.py
+
 # student versions to chapters/assignments, solutions and autograders to _build/assignments
 assignments: env
 	$(BIN)/python tools/assignments.py --variant $(or $(VARIANT),0)
