@@ -7,8 +7,8 @@
                                                         they run here and now, with your rights
 
 A source, chapters/assignments/source/NAME.md, is a text twin with otter-grader's markers in fences.
-``{{ repository }}`` in it stands for the address in _config.yml, and ``{{ A | B }}`` for A in
-variant 0 and for B in variant 1.
+``{{ repository }}`` in it stands for the address in _config.yml, and ``{{ A | B | C }}`` for A in
+variant 0, B in variant 1, and so on; the last one stands for all that follow.
 """
 
 from __future__ import annotations
@@ -27,7 +27,6 @@ from notebooks import ROOT, render
 
 ASSIGNMENTS = ROOT / "chapters" / "assignments"
 BUILD = ROOT / "_build" / "assignments"
-VARIANTS = (0, 1)
 
 
 class Made(NamedTuple):
@@ -54,9 +53,12 @@ def sources() -> list[Path]:
 
 def master(source: Path, variant: int = 0):
     """The notebook that otter reads."""
-    nb = render(source, lambda text: re.sub(
-        r"\{\{ (.+?) \| (.+?) \}\}", lambda found: found[1 + variant], text
-    ))  # fmt: skip
+
+    def choose(found: re.Match) -> str:
+        options = found[1].split(" | ")
+        return options[min(variant, len(options) - 1)]
+
+    nb = render(source, lambda text: re.sub(r"\{\{ (.+? \| .+?) \}\}", choose, text))
     nb.metadata["kernelspec"]["language"] = "python"
     return nb
 
@@ -161,7 +163,7 @@ def show(marks: dict[str, Marks]) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("names", nargs="*")
-    parser.add_argument("--variant", type=int, choices=VARIANTS, default=0)
+    parser.add_argument("--variant", type=int, choices=range(100), default=0, metavar="N")
     parser.add_argument("--grade", metavar="NAME")
     args = parser.parse_args()
     known = {source.stem: source for source in sources()}
