@@ -56,7 +56,8 @@ def page() -> str:
             said = title.partition(", ")[0] + ", theory" * file.stem.endswith("_theory")
             found.append([*row, f"{{ref}}`{said} <{label}>`"])
     rows = [HEAD, ["---"] * len(HEAD), *sorted(found, key=lambda row: letter(row[0]))]
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows) + "\n"
+    table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    return f":::{{table}}\n:class: symbols\n\n{table}\n:::\n"
 
 
 if __name__ == "__main__":

@@ -56,7 +56,7 @@ BLOCKS = {
          "The paper and we", "Recap", "When is it backprop?", "Questions", "Reading"], 3000,
     ),
     "errata": (["Setup", "PEPITA", "EKDAA", "Leader-follower networks", "Next-layer attention"],
-               2000),
+               2500),
     "reproduce": (["Setup", "What is recorded", "What is not run", "The other records"], 6000),
     "speed": (["The question", "Setup", "Break it", "Exercises", "Recap", "Reading", "Versions"],
               6000),
