@@ -57,6 +57,20 @@ def test_the_glossary_has_every_rule_by_its_name_and_abbreviation():
     assert {*SHORT, *labels} - STORIES.keys() == {"attention"}  # it is next-layer attention there
 
 
+def test_every_term_that_a_page_defines_is_in_the_glossary():
+    """Defined is what is bold, in at most three words that begin no sentence."""
+    terms = {
+        t.find(string=True).strip().lower() for t in built("glossary").select("dl.glossary dt")
+    }
+    undefined = {"subtracted", "you give"}  # bold for weight
+    for twin in (ROOT / "chapters" / "text").glob("*/*.md"):
+        text = re.sub(r"```.*?```", "", twin.read_text(), flags=re.S)
+        for bold in re.findall(r"(?<!\*)\*\*([a-z][\w -]*)\*\*(?!\*)", text):
+            if len(bold.split()) < 4 and not {bold, bold.removesuffix("s")} & terms:
+                assert bold in undefined, f"{twin.name}: {bold} is not in glossary.md"
+    assert len(terms) > 80
+
+
 def test_the_index_of_symbols_is_what_the_pages_say(monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "figures")
     symbols = import_module("symbols")
