@@ -70,7 +70,8 @@ class Again:
         if cell.source in self.known and not used & self.changed:
             return False
         self.changed |= {node.id for node in named if isinstance(node.ctx, ast.Store)}
-        self.changed |= {node.name for node in nodes if isinstance(node, ast.FunctionDef)}
+        defined = (ast.FunctionDef, ast.ClassDef)
+        self.changed |= {node.name for node in nodes if isinstance(node, defined)}
         return True
 
 
