@@ -25,6 +25,10 @@ book: env
 	@echo
 	@echo "The book is built. Open file://$(CURDIR)/_build/html/index.html"
 
+# printed by Debian's chromium; the landing page of this build gets the link
+pdf: book
+	$(BIN)/python tools/pdf.py
+
 # Every page runs twice, and every test that compares numbers: with two threads, and with one in
 # another arithmetic. (test-units and test-pages, with one thread in this one, are for daily work.)
 test: lint test-threads test-mutants test-book test-arithmetic
