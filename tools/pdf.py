@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import html
 import io
+import logging
 import mimetypes
 import re
 import shutil
@@ -68,7 +69,8 @@ FIT = """width => {
     if (over > 1) e.style.fontSize = parseFloat(getComputedStyle(e).fontSize) / over * .98 + "px";
   }
   return [...document.querySelectorAll("pre, img, table, mjx-container")].filter(
-    e => e.getBoundingClientRect().right > width + 2).map(e => e.outerHTML.slice(0, 120));
+    e => e.getBoundingClientRect().right > width + 2 ||
+      e.matches("pre") && e.scrollWidth > e.clientWidth + 1).map(e => e.outerHTML.slice(0, 120));
 }"""
 
 Heading = tuple[str, str, str]  # "title" or "section", words, id of its place
@@ -209,7 +211,7 @@ def plain(words: str) -> str:
 
 
 def found(made: bytes, listed: list[Heading]) -> dict[str, int]:
-    """The page on which each heading stands; SystemExit unless all is in the PDF."""
+    """The page on which each heading stands; SystemExit unless all links lead somewhere."""
     pdf = PdfReader(io.BytesIO(made))
     places = pdf.named_destinations
     links = [a.get_object().get("/Dest") for page in pdf.pages for a in page.get("/Annots", [])]
@@ -217,17 +219,23 @@ def found(made: bytes, listed: list[Heading]) -> dict[str, int]:
     must({*links} <= {*places, None}, f"dead links: {({*links}) - {*places, None}}")
     numbers = {to: pdf.get_destination_page_number(places[f"/{to}"]) + 1 for _, _, to in listed}
     must([*numbers.values()] == sorted(numbers.values()), "headings are out of order")
+    return numbers
+
+
+def read(made: bytes, listed: list[Heading]) -> None:
+    """SystemExit unless each title is in the text and each font in the file."""
+    pdf = PdfReader(io.BytesIO(made))
     text = "".join(plain(page.extract_text()) for page in pdf.pages)
     for kind, words, _ in listed:  # in the contents, and where it stands
         must(kind != "title" or text.count(plain(words)) >= 2, f"no {words!r} in the text")
     for page in pdf.pages:
         for font in page["/Resources"].get("/Font", {}).values():
             must(embedded(font.get_object()), f"not embedded: {font.get_object()}")
-    return numbers
 
 
 def outlined(made: bytes, listed: list[Heading], numbers: dict[str, int]) -> bytes:
     """The same with bookmarks. Chromium's own need a tag for each part of each formula: 10 MB."""
+    logging.getLogger("pypdf").setLevel("ERROR")  # it miscounts what it has cloned
     writer = PdfWriter(clone_from=io.BytesIO(made))
     title = None
     for kind, words, to in listed:
@@ -268,6 +276,7 @@ def main() -> int:
         made = printed(page)
         must(found(made, listed) == numbers, "page numbers moved headings to other pages")
         browser.close()
+    read(made, listed)
     made = outlined(made, listed, numbers)
     PDF.write_bytes(made)
     count = len(PdfReader(PDF).pages)
