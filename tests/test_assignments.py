@@ -64,14 +64,17 @@ class Again:
         self.known, self.changed = {cell.source for cell in solution.cells}, set()
 
     def __call__(self, cell):
-        nodes = [*ast.walk(ast.parse(cell.source))]
-        named = [node for node in nodes if isinstance(node, ast.Name)]
-        used = {node.id for node in named if isinstance(node.ctx, ast.Load)}
+        tree = ast.parse(cell.source)
+        names = [node for node in ast.walk(tree) if isinstance(node, ast.Name)]
+        used = {node.id for node in names if isinstance(node.ctx, ast.Load)}
         if cell.source in self.known and not used & self.changed:
             return False
-        self.changed |= {node.id for node in named if isinstance(node.ctx, ast.Store)}
-        defined = (ast.FunctionDef, ast.ClassDef)
-        self.changed |= {node.name for node in nodes if isinstance(node, defined)}
+        for statement in tree.body:  # what a function names within itself is its own
+            if isinstance(statement, ast.FunctionDef | ast.ClassDef):
+                self.changed.add(statement.name)
+            else:
+                named = [node for node in ast.walk(statement) if isinstance(node, ast.Name)]
+                self.changed |= {node.id for node in named if isinstance(node.ctx, ast.Store)}
         return True
 
 
