@@ -46,11 +46,12 @@ article, #title, #contents { break-after: page }
 #contents .title { font-weight: 700; margin-top: .6em; break-after: avoid }
 #contents .section { padding-left: 1em }
 a:not([href]), #contents a, a.api { color: inherit; text-decoration: none !important }
-pre, .highlight, .cell, .cell_input { break-inside: auto !important; orphans: 4; widows: 4 }
+pre, .highlight, .cell, .cell_input, table { break-inside: auto !important; orphans: 4; widows: 4 }
 h1, h2, h3, h4, .admonition-title { break-after: avoid }
-figure, table, .admonition, .proof, .cell_output, img { break-inside: avoid }
+figure, tr, .admonition, .proof, .cell_output, img { break-inside: avoid }
 mjx-container[display] { break-inside: avoid }
-.cell_output:has(pre), .admonition:has(p ~ p ~ p), .proof:has(p ~ p ~ p) { break-inside: auto }
+.cell_output:has(pre, table) { break-inside: auto }
+.admonition:has(p ~ p ~ p), .proof:has(p ~ p ~ p) { break-inside: auto }
 img { max-width: 100% !important; min-width: 0 !important; height: auto; max-height: 230mm }
 pre { white-space: pre-wrap !important; overflow-wrap: anywhere; font-size: 7.8pt !important }
 pre, figure, .output, mjx-container, span.math, div.math { overflow: visible !important }
