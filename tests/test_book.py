@@ -213,6 +213,9 @@ def test_trainings_of_a_page_go_to_a_gpu_where_there_is_one(path, monkeypatch):
         went.append((device, vectorize is not False))
         if device == "cuda" and name not in seen:
             seen.add(name)
+            (group,) = optimizer([torch.zeros(1, requires_grad=True)]).param_groups
+            if not group.get("capturable", True):
+                wrong.append((*name, "an optimiser whose count of steps stays on the host"))
             steps = -1000
             try:
                 pretend(Lockstep(rules, generators, data, 4, torch.optim.SGD), optimizer)
