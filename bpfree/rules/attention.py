@@ -16,7 +16,7 @@ from .backprop import Backprop
 
 def power(W: Tensor, p: float = 2.0) -> Tensor:
     """alpha'(W) = sign(W) |W|^(p-1), the derivative of alpha(W) = |W|^p / p; 0 where W is."""
-    return W.sign() * W.abs() ** (p - 1)
+    return W if p == 2 else W.sign() * W.abs() ** (p - 1)
 
 
 class NextLayerAttention(Backprop):
@@ -73,12 +73,13 @@ class NextLayerAttention(Backprop):
 
     def attend(self, W: Tensor) -> Tensor:
         """M = alpha'(W), shaped like W; with ``relative``, that of the shares."""
+        alpha = self.attention or (lambda w: w.abs() ** self.p / self.p)
         if self.attention is None:
-            paid, M = W.abs() ** self.p / self.p, power(W, self.p)
+            M = power(W, self.p)
         else:
-            found = torch.func.vjp(self.attention, W)
-            paid, M = found[0], found[1](torch.ones_like(W))[0]
+            M = torch.func.vjp(alpha, W)[1](torch.ones_like(W))[0]
         if self.relative:
+            paid = alpha(W)
             whole = paid.flatten(1).sum(1).reshape(-1, *[1] * (W.dim() - 1))
             # one who pays no attention at all is not to be won
             M = torch.where(whole > 0, M * (1 - paid / whole) / whole, 0.0)
