@@ -83,7 +83,7 @@ MUTANTS = [
            "the outer product in place of the gradient by name", "test_forward_gradient.py::"
            "test_guessed_activities_are_signals_and_guessed_weights_teach_no_unit"),
     # ---- the gradient ----
-    Mutant("rule.py", "block.outer(delta, r, 1 / len(x))",
+    Mutant("rule.py", "block.outer(delta, r, 1 / batch)",
            "block.outer(delta, r, 1 / (len(x) if l == len(self.net) - 1 else 1))",
            "hidden signal not divided by the batch",
            "test_equivalence.py::test_T12_a_batchs_gradient_is_the_mean_of_its_samples_gradients"),
@@ -293,8 +293,8 @@ MUTANTS = [
     Mutant("experiments/tasks.py", "best = R[..., 1:-1, :-1].amax(-2)",
            "best = R[..., :-1, :-1].amax(-2)", "a task's best includes luck before training",
            "test_continual.py::test_what_a_matrix_says"),
-    Mutant("experiments/tasks.py", "outer(delta**2, r**2, 1 / len(x))",
-           "outer(delta, r, 1 / len(x))", "the mean gradient in the place of the mean square",
+    Mutant("experiments/tasks.py", "outer(delta**2, r**2, 1 / batch)",
+           "outer(delta, r, 1 / batch)", "the mean gradient in the place of the mean square",
            "test_continual.py::test_importance_is_the_mean_square_of_the_samples_gradients"),
     Mutant("experiments/tasks.py", '(state[f"n{l}"] / W.norm()) ** self.power',
            'state[f"n{l}"] / W.norm()', "the control shrinks too little",
