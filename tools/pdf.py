@@ -17,6 +17,7 @@ import re
 import shutil
 import sys
 import time
+import unicodedata
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
@@ -208,7 +209,8 @@ def printed(page: Page) -> bytes:
 
 
 def plain(words: str) -> str:
-    return re.sub(r"\W+", "", words)
+    """Letters alone, ligatures taken apart."""
+    return re.sub(r"\W+", "", unicodedata.normalize("NFKC", words))
 
 
 def found(made: bytes, listed: list[Heading]) -> dict[str, int]:
