@@ -22,9 +22,8 @@ from .tasks import measures
 FORMAT = "bpfree-result/1"
 CHECKOUT = Path(__file__).resolve().parents[2]
 INSTALLED = not (CHECKOUT / "pyproject.toml").is_file()
-ROOT = (
-    CHECKOUT / "bpfree" if INSTALLED else CHECKOUT
-)  # whose figures/results has the book's records
+# whose figures/results has the book's records
+ROOT = CHECKOUT / "bpfree" if INSTALLED else CHECKOUT
 KEYS = {"test_accuracy", "diverged", "seconds", "seeds_together", "device"}  # of each run
 
 

@@ -73,13 +73,12 @@ class NextLayerAttention(Backprop):
 
     def attend(self, W: Tensor) -> Tensor:
         """M = alpha'(W), shaped like W; with ``relative``, that of the shares."""
-        alpha = self.attention or (lambda w: w.abs() ** self.p / self.p)
         if self.attention is None:
             M = power(W, self.p)
         else:
-            M = torch.func.vjp(alpha, W)[1](torch.ones_like(W))[0]
+            M = torch.func.vjp(self.attention, W)[1](torch.ones_like(W))[0]
         if self.relative:
-            paid = alpha(W)
+            paid = self.attention(W) if self.attention else W.abs() ** self.p / self.p
             whole = paid.flatten(1).sum(1).reshape(-1, *[1] * (W.dim() - 1))
             # one who pays no attention at all is not to be won
             M = torch.where(whole > 0, M * (1 - paid / whole) / whole, 0.0)
