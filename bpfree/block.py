@@ -131,7 +131,8 @@ class Block(nn.Module):
         """(r, a): the linear map's input, flattened for an ``nn.Linear``, and its output."""
         if self.is_conv:
             return h, F.conv2d(h, weight, bias, **self._geometry())
-        return h.flatten(1), F.linear(h.flatten(1), weight, bias)
+        h = h if h.dim() == 2 else h.flatten(1)
+        return h, F.linear(h, weight, bias)
 
     def post(self, r: Tensor, a: Tensor, mask: Tensor | None = None) -> Trace:
         """The rest of the block from its pre-activation; ``mask=None`` drops no unit."""
@@ -208,18 +209,19 @@ class Block(nn.Module):
         if self.is_conv:
             weight = weight.to(delta.dtype)
             return grad.conv2d_input(like.shape, weight, delta, **self._geometry())
-        return (delta @ weight.to(delta.dtype)).reshape(like.shape)
+        out = delta @ (weight if weight.dtype == delta.dtype else weight.to(delta.dtype))
+        return out if out.shape == like.shape else out.reshape(like.shape)
 
     def outer(self, delta: Tensor, r: Tensor, scale: float = 1.0) -> Tensors:
         """scale * delta^T r, summed over batch and positions; keyed like the linear map's
         parameters."""
-        r = r.to(delta.dtype)
+        r = r if r.dtype == delta.dtype else r.to(delta.dtype)
         if self.is_conv:
             shape = self.linear.weight.shape
             grads = {"weight": grad.conv2d_weight(r, shape, delta, **self._geometry())}
             grads["weight"] = scale * grads["weight"]  # the smaller of the factors
         else:  # the product itself scales, at no cost; with beta=0 it ignores its first argument
-            grads = {"weight": torch.addmm(delta.new_zeros(1), delta.T, r, beta=0, alpha=scale)}
+            grads = {"weight": torch.addmm(delta.new_zeros(1), delta.mT, r, beta=0, alpha=scale)}
         if self.linear.bias is not None:
             grads["bias"] = scale * delta.sum((0, 2, 3) if self.is_conv else 0)
         return grads

@@ -97,10 +97,9 @@ class Network(nn.Sequential):
         for i, block in enumerate(self, 1):
             if not isinstance(block, Block):
                 raise TypeError(f"block {i} must be a Block, got {type(block).__name__}")
-            linear = block.linear
-            owned = linear._parameters
+            owned = block.linear._parameters
             weight, bias = owned.get("weight"), owned.get("bias")
-            if weight is None or linear.bias is not bias or owned.keys() - {"weight", "bias"}:
+            if weight is None or owned.keys() != {"weight", "bias"}:
                 raise ValueError(
                     f"block {i} must own its weight and bias, but pruning or a parametrisation "
                     "computes one: make that permanent (prune.remove, "

@@ -101,7 +101,7 @@ def check_given(rule: Any, signals: Any) -> Any:
 
 def check_signal(rule: Any, l: int, block: Any, signal: Any) -> None:
     """Raise unless a rule's signal for block l + 1 has two tensors that fit the block, row by row:
-    (B, n_in) and (B, n_out), or images of so many channels. What it costs is no arithmetic."""
+    (B, n_in) and (B, n_out), or images of so many channels."""
     said = f"{type(rule).__name__}'s signal for block {l + 1}"
     if not (isinstance(signal, (tuple, list)) and len(signal) > 1):
         raise TypeError(f"{said} must be a tuple (r, delta), got {type(signal).__name__}")

@@ -179,11 +179,18 @@ class Rule(nn.Module):
             signal = next(signals, None)
             if signal is None:
                 raise ValueError(f"{type(self).__name__} must give {wanted} signals, gave {l}")
-            check_signal(self, l, block, signal)
-            r, delta, *own = signal
+            try:
+                r, delta, *own = signal
+                paired = r.shape[0] == delta.shape[0]  # which a convolution does not ask
+                made = block.outer(delta, r, 1 / batch) if paired else {}
+            except Exception:  # most likely of a signal that does not fit, which is said better so
+                check_signal(self, l, block, signal)
+                raise
+            if not made or made["weight"].shape != params[f"{l}.linear.weight"].shape:
+                check_signal(self, l, block, signal)
             if keep_signals:
                 kept.append((r, delta))
-            for name, grad in block.outer(delta, r, 1 / batch).items():
+            for name, grad in made.items():
                 grads[f"{l}.linear.{name}"] = grad
             for gradients in own:
                 grads |= gradients

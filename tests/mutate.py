@@ -87,6 +87,8 @@ MUTANTS = [
            "block.outer(delta, r, 1 / (len(x) if l == len(self.net) - 1 else 1))",
            "hidden signal not divided by the batch",
            "test_equivalence.py::test_T12_a_batchs_gradient_is_the_mean_of_its_samples_gradients"),
+    Mutant("rule.py", "if paired else {}", "if True else {}", "a signal of other samples",
+           "test_rule.py::test_a_convolution_is_not_taught_by_other_samples_than_its_input"),
     Mutant("rule.py", "if p.grad is None else", "if True else", "gradient overwritten",
            "test_rule.py::test_two_backward_calls_accumulate_the_sum_of_both[mlp-backprop]"),
     Mutant("rule.py", "if p.requires_grad and q.requires_grad}", "if q.requires_grad or True}",

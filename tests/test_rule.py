@@ -743,6 +743,19 @@ def test_a_mistaken_rule_is_named_and_writes_no_gradient(rule, message):
     assert all(not p.grad.any() for p in net.parameters())
 
 
+def test_a_convolution_is_not_taught_by_other_samples_than_its_input():
+    """torch's own would take one image for four activities, and not say so."""
+
+    class OneImage(bpfree.Backprop):
+        def signals(self, *args):
+            (r, delta), last = super().signals(*args)
+            return [(r[:1], delta), last]
+
+    net = bpfree.convnet((2, 8, 8), (4,), num_classes=3)
+    with pytest.raises(ValueError, match=r"block 1 must be r .*got \(1, 2, 8, 8\) and \(4, 4"):
+        OneImage(net).backward(torch.rand(4, 2, 8, 8), torch.arange(4) % 3)
+
+
 @pytest.mark.parametrize("fused", [False, True])
 def test_a_step_is_the_same_whatever_the_layout_of_the_weights(fused):
     """A fused optimiser walks through gradient and weight as they lie in memory."""
