@@ -127,8 +127,7 @@ def audit(
     model = rule.net if isinstance(rule, Rule) else rule
     if not isinstance(model, nn.Module):
         made = f"the class itself: {rule.__name__}(net)" if isinstance(rule, type) else ""
-        got = made or type(rule).__name__
-        raise TypeError(f"the audit takes a Rule or a model, got {got}")
+        raise TypeError(f"the audit takes a Rule or a model, got {made or type(rule).__name__}")
     tensors = {"x": x, **dict(model.named_parameters())}
     tensors |= {f"rule.{n}": t for n, t in (*rule.named_parameters(), *rule.named_buffers())}
     if others := [f"{n} in {t.dtype}" for n, t in tensors.items()
@@ -205,9 +204,7 @@ def audit(
             f()
         return counter.get_total_flops()
 
-    def update() -> object:
-        return it.step(params, x, y)
-
+    update = partial(it.step, params, x, y)
     cost = {
         "passes": max(sum(map(len, seen.rows[n])) / sum(map(len, up.rows[n])) for n in up.rows),
         "macs": macs(update) / macs(it.forward),

@@ -34,7 +34,6 @@ ACTIVATIONS: dict[str, tuple[Callable, Callable]] = {
     "sigmoid": (torch.sigmoid, lambda v, z: aten.sigmoid_backward(v, z)),
 }
 
-
 # deterministic, parameter-free, each sample by itself: so the local derivative is well defined
 POOLS = (nn.MaxPool1d, nn.AvgPool1d, nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d)
 
@@ -63,10 +62,7 @@ class Block(nn.Module):
         TypeError, ValueError: for a linear map, activation, pool or dropout out of these ranges.
     """
 
-    linear: nn.Linear | nn.Conv2d
-    activation: Activation
     pool: Any  # one of POOLS, or None
-    dropout: float
 
     def __init__(
         self,
@@ -218,8 +214,7 @@ class Block(nn.Module):
         r = r if r.dtype == delta.dtype else r.to(delta.dtype)
         if self.is_conv:
             shape = self.linear.weight.shape
-            grads = {"weight": grad.conv2d_weight(r, shape, delta, **self._geometry())}
-            grads["weight"] = scale * grads["weight"]  # the smaller of the factors
+            grads = {"weight": scale * grad.conv2d_weight(r, shape, delta, **self._geometry())}
         else:  # the product itself scales, at no cost; with beta=0 it ignores its first argument
             grads = {"weight": torch.addmm(delta.new_zeros(1), delta.mT, r, beta=0, alpha=scale)}
         if self.linear.bias is not None:

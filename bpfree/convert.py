@@ -75,7 +75,7 @@ class FeedbackAttention(nn.MultiheadAttention):
         if not torch.is_grad_enabled():
             masks = dict(key_padding_mask=key_padding_mask, attn_mask=attn_mask)
             return super().forward(query, key, value, need_weights=need_weights, **masks, **options)
-        masked = attn_mask is not None or key_padding_mask is not None
+        masked = attn_mask is not None or key_padding_mask is not None or options.get("is_causal")
         if query is not key or key is not value or query.dim() != 3 or masked or need_weights:
             raise ValueError("a converted MultiheadAttention takes query = key = value of shape "
                              "(B, T, n), no masks, and need_weights=False")  # fmt: skip
@@ -139,14 +139,13 @@ def convert(
     check_scale("scale", scale)
     if not 1 <= p < float("inf"):
         raise ValueError(f"p must be a finite number, at least 1, got {p!r}")
-    attention: Callable[[Tensor], Tensor] | None = None
-    if callable(rule):
-        attention = rule
-    else:
-        own = {"sign-symmetry": partial(_signs, scale=scale), "attention": partial(power, p=p)}
-        attention = own.get(rule)
+    own = {"sign-symmetry": partial(_signs, scale=scale), "attention": partial(power, p=p)}
+    attention = rule if callable(rule) else own.get(rule)
     kind = nn.Parameter if rule == "kolen-pollack" else nn.Buffer
     places: list[tuple[Any, str, type]] = list(_places(model))
+    if not places:
+        raise ValueError("model must have a Linear, a Conv2d or a MultiheadAttention, got none: "
+                         f"{type(model).__name__}")  # fmt: skip
     if attention:
         for layer, name, _ in places:
             W = layer.get_parameter(name).detach()
@@ -163,8 +162,7 @@ def convert(
             B = kind(like_weight(getattr(layer, name).detach(), scale, generator))
             setattr(layer, name.replace("weight", "feedback"), B)
     weights = {n: model.get_submodule(n)._parameters.get("weight") for n in left_alone(model)}
-    maps = [n for n, W in weights.items() if W is not None and W.dim() > 1]
-    if maps:
+    if maps := [n for n, W in weights.items() if W is not None and W.dim() > 1]:
         warnings.warn(f"the feedback of {', '.join(maps)} is left alone", stacklevel=2)
     return model
 
@@ -172,7 +170,6 @@ def convert(
 def _places(model: nn.Module) -> Iterator[tuple[nn.Module, str, type]]:
     """(layer, name of its weight, class to be) of all that is exchanged; raises at what cannot."""
     outs = {id(m.out_proj) for m in model.modules() if type(m) is nn.MultiheadAttention}
-    empty = True
     for path, m in model.named_modules():
         what = f"{path or 'model'} ({type(m).__name__})"
         if hasattr(m, "feedback") or hasattr(m, "attention") and type(m) in _OTHER.values():
@@ -191,11 +188,7 @@ def _places(model: nn.Module) -> Iterator[tuple[nn.Module, str, type]]:
         if odd or m._parameters.get(name) is None:
             raise ValueError(f"{what} must own its {name} (no pruning, no kdim, vdim, add_bias_kv "
                              "or add_zero_attn)")  # fmt: skip
-        empty = False
         yield m, name, other
-    if empty:
-        raise ValueError("model must have a Linear, a Conv2d or a MultiheadAttention, got none: "
-                         f"{type(model).__name__}")  # fmt: skip
 
 
 def left_alone(model: nn.Module) -> list[str]:

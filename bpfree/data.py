@@ -12,7 +12,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -92,9 +91,8 @@ class Data:
 
     def _numbers(self, name: str) -> Tensor:
         """A field as a tensor of real numbers, from now on."""
-        given = getattr(self, name)
         try:
-            tensor = torch.as_tensor(given)
+            tensor = torch.as_tensor(getattr(self, name))
         except (TypeError, ValueError, RuntimeError) as error:
             raise TypeError(f"{name} must be a tensor or an array of numbers: {error}") from error
         if tensor.is_complex():
@@ -142,10 +140,8 @@ class Data:
         )  # fmt: skip
 
     def to(self, device: torch.device | str) -> Data:
-        x, y, test_x, test_y = (
-            t.to(device) for t in (self.train_x, self.train_y, self.test_x, self.test_y)
-        )
-        return dataclasses.replace(self, train_x=x, train_y=y, test_x=test_x, test_y=test_y)
+        names = ("train_x", "train_y", "test_x", "test_y")
+        return dataclasses.replace(self, **{n: getattr(self, n).to(device) for n in names})
 
 
 def data_root(root: str | os.PathLike | None = None) -> Path:
@@ -182,17 +178,15 @@ def load(
 
     dataset = getattr(torchvision.datasets, TORCHVISION[name])
     root = data_root(root)
-    splits = ({"split": "train"}, {"split": "test"}) if name == "svhn" else (
-        {"train": True}, {"train": False})  # fmt: skip
+    splits = ("train", "test") if name == "svhn" else (True, False)
     if download:
         for split in splits:
-            dataset(root, download=True, **split)
+            dataset(root, split, download=True)
     _check_files(name, dataset, root)
     parts = []
     for split in splits:
-        part = dataset(root, download=False, **split)
-        labels = part.labels if name == "svhn" else part.targets
-        parts += [_images(part.data), torch.as_tensor(np.asarray(labels), dtype=torch.int64)]
+        part = dataset(root, split)
+        parts += [_images(part.data), part.labels if name == "svhn" else part.targets]
     train_x, train_y, test_x, test_y = parts
     return Data(name, train_x, train_y, test_x, test_y, scale=1 / 255).to(device)
 
@@ -207,7 +201,7 @@ def _digits() -> Data:
     return Data("digits", x[~test], y[~test], x[test], y[test], scale=1 / 16)
 
 
-def _images(data: Tensor | np.ndarray) -> Tensor:
+def _images(data: Any) -> Tensor:
     """(N, channels, height, width) from what torchvision's classes hold."""
     x = torch.as_tensor(data)
     if x.dim() == 3:  # MNIST: (N, H, W)

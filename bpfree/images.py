@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -69,20 +70,16 @@ class Images:
                     f"{name}: no folder {self.folder / at}; it must hold a folder of pictures for "
                     "each class (ImageNet's own tar files, unpacked and sorted by class)"
                 )
-            self.parts[part] = ImageFolder(
-                self.folder / at, transforms.Compose([*steps, *last])
-            )  # fmt: skip
+            self.parts[part] = ImageFolder(self.folder / at, transforms.Compose([*steps, *last]))
         if self.parts["train"].classes != self.parts["test"].classes:
             raise ValueError(f"{self.folder}: train and val must have the same classes")
-        self.train_y, self.test_y = (
-            torch.tensor(self.parts[part].targets) for part in ("train", "test")
-        )
+        self.train_y, self.test_y = (torch.tensor(part.targets) for part in self.parts.values())
 
     @property
     def num_classes(self) -> int:
         return len(self.parts["train"].classes)
 
-    @property
+    @cached_property
     def checksum(self) -> str:
         """sha256 of the pictures' paths and sizes in bytes, and of ``side``: to read all of them
         would take as long as an epoch."""
@@ -115,9 +112,6 @@ class _Decoded(torch.utils.data.Dataset):
 
     def __init__(self, images: Any):
         self.images = images
-
-    def __len__(self) -> int:
-        return len(self.images)
 
     def __getitem__(self, which: tuple[int, int]) -> Tensor:
         draw, index = which

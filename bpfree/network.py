@@ -139,7 +139,8 @@ class Network(nn.Sequential):
                 count = math.prod(shape)
                 bits = torch.empty(-(-count // 4), dtype=torch.int64, device=device)
                 bits = bits.random_(-(2**63), None, generator=generator).view(torch.int16)
-                keep = bits[:count].view(shape) >= round(block.dropout * 2**16) - 2**15
+                dropped = min(round(block.dropout * 2**16), 2**16 - 1)
+                keep = bits[:count].view(shape) >= dropped - 2**15
                 masks[l] = keep.to(weight.device, weight.dtype) / (1 - block.dropout)
         return masks
 
@@ -187,11 +188,10 @@ def mlp(
         raise ValueError(f"mlp needs at least two sizes, each >= 1, got {sizes}")
     blocks = []
     for l, (n_in, n_out) in enumerate(zip(sizes, sizes[1:], strict=False), 1):
-        last = l == len(sizes) - 1
         # skip_init: PyTorch's own initialisation would draw from the global generator
         linear = nn.utils.skip_init(nn.Linear, n_in, n_out, bias=bias)
         initialise(linear, init, generator)
-        f, drop = ("identity", 0.0) if last else (activation, dropout)
+        f, drop = (activation, dropout) if l < len(sizes) - 1 else ("identity", 0.0)
         blocks.append(Block(linear, f, None, drop))
     return Network(*blocks)
 
@@ -240,10 +240,9 @@ def convnet(
         initialise(conv, init, generator)
         blocks.append(Block(conv, trunk or activation, layer if side != 1 else None, dropout))
         c_in = c_out
-    below = Network(*blocks, input_shape=input_shape) if blocks else None
-    n_in = math.prod(below.shapes[-1]) if below else math.prod(input_shape)
+    shape = Network(*blocks, input_shape=input_shape).shapes[-1] if blocks else input_shape
     head = mlp(
-        n_in, *hidden, num_classes,
+        math.prod(shape), *hidden, num_classes,
         activation=activation, bias=bias, dropout=dropout, init=init, generator=generator,
     )  # fmt: skip
     return Network(*blocks, *head, input_shape=input_shape)

@@ -20,10 +20,8 @@ def one_of(name: str, given: object, known: Collection) -> None:
 
 def example(linear: nn.Linear | nn.Conv2d) -> Tensor:
     """Some pre-activation of a block with this linear map."""
-    if isinstance(linear, nn.Conv2d):
-        shape: tuple[int, ...] = (2, linear.out_channels, 8, 8)
-    else:
-        shape = (4, linear.out_features)
+    n = len(linear.weight)
+    shape = (2, n, 8, 8) if isinstance(linear, nn.Conv2d) else (4, n)
     return torch.linspace(-2, 2, math.prod(shape)).reshape(shape)
 
 
@@ -164,8 +162,7 @@ def check_pure(rule: Any, x: Tensor, y: Tensor) -> None:
         return found
 
     first = grads()
-    wrote = [key for key, t in given.items() if t._version != versions[key]]
-    if wrote:
+    if wrote := [key for key, t in given.items() if t._version != versions[key]]:
         raise ValueError(f"{name} must not write to what its update is given, wrote to {wrote}")
     others = [k for k, t in own.items() if t.is_floating_point() and 0 not in t.stride()]
     try:

@@ -123,8 +123,7 @@ class Rule(nn.Module):
 
     def params(self) -> Tensors:
         """Everything that learns: the network's parameters, and the rule's own as ``rule.*``."""
-        own = {f"rule.{name}": p for name, p in self.named_parameters()}
-        return {**dict(self.net.named_parameters()), **own}
+        return {**dict(self.net.named_parameters()), **dict(self.named_parameters("rule"))}
 
     def learning(self, params: Tensors | None = None) -> Tensors:
         """Those of ``params()`` that learn: not what is frozen, nor what would learn beside it."""
@@ -190,8 +189,7 @@ class Rule(nn.Module):
                 check_signal(self, l, block, signal)
             if keep_signals:
                 kept.append((r, delta))
-            for name, grad in made.items():
-                grads[f"{l}.linear.{name}"] = grad
+            grads |= {f"{l}.linear.{name}": grad for name, grad in made.items()}
             for gradients in own:
                 grads |= gradients
         if next(signals, None) is not None:
@@ -246,5 +244,4 @@ def _watched(passes: Iterable[Trace], last: deque[Tensor]) -> Iterator[Trace]:
 def like_parameter(grad: Tensor, p: Tensor) -> Tensor:
     """The gradient in the parameter's dtype and memory layout, as autograd leaves it; a fused
     optimiser walks through both as they lie in memory."""
-    same = grad.stride() == p.stride()
-    return grad.to(p.dtype) if same else torch.empty_like(p).copy_(grad)
+    return grad.to(p.dtype) if grad.stride() == p.stride() else torch.empty_like(p).copy_(grad)

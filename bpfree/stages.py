@@ -53,8 +53,7 @@ class Stages(nn.ModuleList):
     def forward(self, x: Tensor) -> Tensor:
         for stage in self:
             x = stage(x)
-        *_, last = self
-        return last.scores(x)
+        return stage.scores(x)
 
 
 class LinearHead(nn.Module):
@@ -124,9 +123,7 @@ def _take_apart(model: Any) -> tuple[list[list[nn.Module]], nn.Module]:
 
     if isinstance(model, ResNet):
         stem = (model.conv1, model.bn1, model.relu, model.maxpool)
-        blocks = (
-            b for layer in (model.layer1, model.layer2, model.layer3, model.layer4) for b in layer
-        )
+        blocks = (*model.layer1, *model.layer2, *model.layer3, *model.layer4)
         return _units((*stem, *blocks)), nn.Sequential(model.avgpool, nn.Flatten(), model.fc)
     if isinstance(model, VGG):
         return _units(model.features), nn.Sequential(model.avgpool, nn.Flatten(), model.classifier)
@@ -168,14 +165,10 @@ def split(
                          f"{type(model).__name__} has below its classifier, got {n!r}")  # fmt: skip
     like = next(classifier.parameters())
     stages = []
-    for i in range(n):
-        size, more = divmod(len(units), n)
-        start = i * size + min(i, more)
-        body = nn.Sequential(
-            *(m for unit in units[start : start + size + (i < more)] for m in unit)
-        )
+    for i, part in enumerate(torch.arange(len(units), device="cpu").tensor_split(n), 1):
+        body = nn.Sequential(*(m for unit in part for m in units[unit]))
         head: nn.Module = classifier
-        if i < n - 1:
+        if i < n:
             head = LinearHead(_width(body), num_classes or _width(classifier), generator).to(like)
         stages.append(Stage(body, head))
     return Stages(stages)

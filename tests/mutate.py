@@ -105,7 +105,7 @@ MUTANTS = [
     Mutant("rules/feedback.py", "feedback_scale * math.sqrt(6 / size)", "math.sqrt(6 / size)",
            "an option without effect",
            "test_feedback.py::test_halving_the_scale_halves_the_signal_below_the_output"),
-    Mutant("rules/feedback.py", 'if magnitude == "fixed":', "if False:",
+    Mutant("rules/feedback.py", 'fixed = magnitude == "fixed"', "fixed = False",
            "an option that falls through to the other",
            "test_feedback.py::test_magnitude_changes_the_hidden_gradients_in_size_and_direction"),
     Mutant("init.py", "torch.rand(shape, generator=generator, device=device) * 2",
@@ -150,8 +150,8 @@ MUTANTS = [
     Mutant("training/device.py", "mine.copy_(theirs)", "pass",
            "a replay sees the first batch for ever",
            "test_device.py::test_a_recorded_step_trains_as_the_step_itself[one-backprop]"),
-    Mutant("rule.py", "grad.to(p.dtype) if same else torch.empty_like(p).copy_(grad)",
-           "grad.to(p.dtype)", "a fused step on weights laid out otherwise", "test_rule.py::"
+    Mutant("rule.py", "grad.stride() == p.stride()", "True",
+           "a fused step on weights laid out otherwise", "test_rule.py::"
            "test_a_step_is_the_same_whatever_the_layout_of_the_weights[True]"),
     Mutant("training/fit.py", "value[bad >= 0] = torch.nan", "pass",
            "numbers of a seed that diverged", "test_fit.py::"
@@ -211,7 +211,13 @@ MUTANTS = [
     Mutant("rules/attention.py", "torch.where(t.h != 0, v, 0.0)", "v",
            "the silent hear", "test_attention.py::"
            "test_a_silent_neuron_whose_derivative_is_not_zero_hears_nothing"),
+    Mutant("rules/attention.py", "norm > 0", "norm >= 0",
+           "attention to nobody is no number", "test_attention.py::"
+           "test_scaled_feedback_has_the_norm_of_the_weights"),
     # ---- networks ----
+    Mutant("network.py", "min(round(block.dropout * 2**16), 2**16 - 1)",
+           "round(block.dropout * 2**16)", "dropout close to one drops nothing",
+           "test_network.py::test_a_probability_just_below_one_drops_nearly_all"),
     Mutant("network.py", " / (1 - block.dropout)", "", "dropout not rescaled",
            "test_network.py::test_masks_are_zero_or_the_inverse_keep_probability"),
     Mutant("network.py", "if self.training and block.dropout:", "if block.dropout:",
@@ -224,6 +230,9 @@ MUTANTS = [
            "a label that is no class is accepted",
            "test_rule.py::test_a_bad_batch_is_refused_by_name_and_changes_nothing"),
     # ---- any model ----
+    Mutant("convert.py", ' or options.get("is_causal")', "",
+           "causal attention that is not", "test_convert.py::"
+           "test_attention_in_a_way_that_is_not_exchanged_is_refused[causal]"),
     Mutant("convert.py", "return delta, v.to(dtype), None, None",
            "return delta, None, None, None", "no error reaches what is below", "test_convert.py::"
            "test_attention_of_p_2_is_backprop_and_any_other_feedback_changes_what_is_below[vit]"),
@@ -291,6 +300,9 @@ MUTANTS = [
            "test_what_befalls_a_picture_is_decided_by_its_number_and_the_draw[0]"),
     Mutant("data.py", "if not check_integrity(path, md5):", "if False:",
            "damaged files are read", "test_data.py::test_a_damaged_file_is_named_and_not_loaded"),
+    Mutant("training/checkpoint.py", "add(sorted(map(digest, value)))", "add(len(value))",
+           "a checkpoint goes on with another set", "test_checkpoint.py::"
+           "test_an_option_of_a_rule_counts_by_what_it_holds_and_computes[set]"),
     # ---- tasks one after the other ----
     Mutant("experiments/tasks.py", "best = R[..., 1:-1, :-1].amax(-2)",
            "best = R[..., :-1, :-1].amax(-2)", "a task's best includes luck before training",

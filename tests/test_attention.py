@@ -18,6 +18,8 @@ def test_scaled_feedback_has_the_norm_of_the_weights(make):
         for W in map(torch.Tensor.detach, net.weights()):
             torch.testing.assert_close(rule.attend(W).norm(), W.norm())
             assert relative_error(rule.attend(W), W) > 0.1
+        nobody = torch.zeros(2, 3)
+        torch.testing.assert_close(rule.attend(nobody), nobody)
 
 
 def test_a_share_does_not_grow_with_the_weights_of_its_listener():

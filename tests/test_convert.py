@@ -398,13 +398,13 @@ def test_swins_attention_reads_weights_itself_and_is_refused():
         bpfree.convert(models.swin_t(), "attention")
 
 
-@pytest.mark.parametrize("how", ["other key", "mask", "weights", "unbatched"])
+@pytest.mark.parametrize("how", ["other key", "mask", "causal", "weights", "unbatched"])
 def test_attention_in_a_way_that_is_not_exchanged_is_refused(how):
     layer = bpfree.convert(nn.MultiheadAttention(4, 2), "attention")
     x = torch.randn(3, 2, 4)
     args = {"query": x, "key": x, "value": x, "need_weights": False}
     args |= {"other key": {"key": x + 1}, "weights": {"need_weights": True},
-             "mask": {"attn_mask": torch.zeros(3, 3)},
+             "mask": {"attn_mask": torch.zeros(3, 3)}, "causal": {"is_causal": True},
              "unbatched": dict.fromkeys(("query", "key", "value"), x[0])}[how]  # fmt: skip
     with pytest.raises(ValueError, match="query = key = value"):
         layer(**args)

@@ -84,7 +84,9 @@ def test_training_pictures_are_cropped_and_mirrored(tmp_path):
 
 def test_the_checksum_changes_with_a_file_and_with_the_side(tmp_path):
     root = folder_of_images(tmp_path)
-    before = Images(str(root), side=14).checksum
+    images = Images(str(root), side=14)
+    assert images.checksum is images.checksum  # of a million files, asked for once
+    before = images.checksum
     assert Images(str(root), side=14).checksum == before
     assert Images(str(root), side=15).checksum != before
     with open(root / "val" / "ant" / "ant_0.JPEG", "ab") as file:

@@ -234,6 +234,11 @@ def test_masks_are_zero_or_the_inverse_keep_probability(p):
     assert not torch.equal(masks[1][:, :40], masks[2][:, :40])
 
 
+def test_a_probability_just_below_one_drops_nearly_all():
+    net = bpfree.mlp(4, 2000, 3, dropout=1 - 1e-6, generator=generator())
+    assert (net.masks(4, generator(1))[1] != 0).double().mean() < 1e-3
+
+
 def test_masks_have_the_shape_of_the_pooled_activity_and_the_dtype_of_the_weights():
     net = bpfree.convnet(
         (1, 6, 6), (2,), (5,), num_classes=3, dropout=0.5, generator=generator()

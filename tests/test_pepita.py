@@ -337,6 +337,7 @@ BAD_OPTIONS = {
     "scale nan": ({"feedback_scale": math.nan}, "feedback_scale must be .*got nan"),
     "scale infinite": ({"feedback_scale": math.inf}, "feedback_scale must be .*got inf"),
     "negative mirroring": ({"mirroring": -1}, "mirroring must be a number of batches.*got -1"),
+    "mirroring true": ({"mirroring": True}, "mirroring must be a number of batches.*got True"),
     "half a batch": ({"mirroring": 2.5}, r"mirroring must be a number of batches.*got 2\.5"),
 }  # fmt: skip
 

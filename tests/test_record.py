@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from bpfree import recipes, results
 from bpfree.experiments import cli
 from bpfree.experiments.record import record, record_at_once
 from bpfree.training.fit import OutOfTime
+from bpfree.training.workers import processes
 
 pytestmark = pytest.mark.processes
 SHORT = dataclasses.replace(SMALL, name="short", epochs=2, seeds=(0, 1, 2))
@@ -161,6 +163,11 @@ def test_a_budget_holds_in_every_process(tmp_path):
     ended = dict((recipe.name, r) for recipe, r in record_at_once([SHORT, OTHER], None, 2, **given))
     assert {name: type(r) for name, r in ended.items()} == {"short": OutOfTime, "other": OutOfTime}
     assert not list(tmp_path.iterdir())
+
+
+def test_processes_are_started_from_any_thread():
+    with ThreadPoolExecutor(1) as thread, processes(1) as submit:
+        assert thread.submit(lambda: submit(abs, -1).result()).result() == 1
 
 
 def test_what_is_not_there_is_told_for_each_recipe_or_ends_the_command(

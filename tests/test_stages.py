@@ -191,6 +191,15 @@ def test_gradients_are_those_of_the_weighted_losses_and_accumulate(local, weight
     assert_same({n: grads(stages)[n] for n in known}, {n: known[n] + more[n] for n in known})
 
 
+@pytest.mark.parametrize("local", [True, False])
+def test_a_frozen_stage_learns_nothing_and_those_around_it_do(local):
+    stages, x, y = small()
+    stages[1].requires_grad_(False)
+    backward(stages, x, y, local)
+    assert not any(p.grad is not None for p in stages[1].parameters())
+    assert all(p.grad is not None for k in (0, 2) for p in stages[k].parameters())
+
+
 def test_end_to_end_is_the_models_own_gradient():
     stages, x, y = small()
     twin = copy.deepcopy(stages)

@@ -193,9 +193,7 @@ def _attempt(recipe: Recipe, seeds: Sequence[int], options: dict) -> dict | Exce
 
 def _write_what_the_terminal_knows() -> None:
     """Output in an encoding without a character has "+-" for the plus-minus sign, else "?"."""
-    codecs.register_error(
-        "bpfree", lambda e: (e.object[e.start : e.end].translate(PLAIN), e.end)
-    )  # fmt: skip
+    codecs.register_error("bpfree", lambda e: (e.object[e.start : e.end].translate(PLAIN), e.end))
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a file of its own kind may stand there
             stream.reconfigure(errors="bpfree")
@@ -218,24 +216,20 @@ def main(argv: list[str] | None = None) -> int:
         else:
             print(results.table(args.names or list(recipes.RECIPES), args.results))
         sys.stdout.flush()
+        return 0
     except OutOfTime as error:
-        print(f"bpfree: {error}; the same command goes on from there", file=sys.stderr)
-        return 3
+        status, told = 3, f"{error}; the same command goes on from there"
     except BrokenProcessPool:
-        print(
-            "bpfree: a process that trained was killed (out of memory?); the same command goes on "
-            "from there", file=sys.stderr,
-        )  # fmt: skip
-        return 2
+        status, told = 2, ("a process that trained was killed (out of memory?); the same command "
+                           "goes on from there")  # fmt: skip
     except KeyboardInterrupt:
-        print("bpfree: interrupted; `bpfree run` goes on where it was", file=sys.stderr)
-        return 130
+        status, told = 130, "interrupted; `bpfree run` goes on where it was"
     except BrokenPipeError:  # whoever read our output, `head` say, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except (ValueError, OSError) as error:
-        print(f"bpfree: {error}", file=sys.stderr)
-        return 2
+        status, told = 2, str(error)
     except torch._dynamo.exc.BackendCompilerFailed as error:  # no C++ compiler, mostly
-        print(f"bpfree: cannot compile the step: {str(error).splitlines()[0]}", file=sys.stderr)
-        return 2
-    return 0
+        status, told = 2, f"cannot compile the step: {str(error).splitlines()[0]}"
+    print(f"bpfree: {told}", file=sys.stderr)
+    return status

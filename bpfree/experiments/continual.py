@@ -19,6 +19,7 @@ from ..training.check import check_rule, check_settings, check_update
 from ..training.fit import Run, gathered, train_group
 from ..training.lockstep import Lockstep
 from ..training.ranks import Ranks
+from . import attention
 from .recipe import Recipe
 from .tasks import EWC, Shrunk, tasks
 
@@ -177,16 +178,11 @@ class ContinualRecipe(Recipe):
 
 # and 0.1; on CIFAR-10, where those above 0.03 diverge, a tenth of each
 RATES = (0.03, 0.2, 0.3, 0.5)
-WEIGHTS = {"scale": "weights"}
 ARMS: dict[str, tuple[str, dict]] = {
     "bp": ("Backprop", {}),
     "ewc": ("EWC", {}),
     "shrunk": ("Shrunk", {}),
-    "relative": ("NextLayerAttention", {"relative": True}),
-    "frozen": ("Frozen", {}),
-    "p-1": ("NextLayerAttention", {"p": 1.0, **WEIGHTS}),
-    "p-1.5": ("NextLayerAttention", {"p": 1.5, **WEIGHTS}),
-    "p-3": ("NextLayerAttention", {"p": 3.0, **WEIGHTS}),
+    **{arm: attention.ARMS[arm] for arm in ("relative", "frozen", "p-1", "p-1.5", "p-3")},
     "fa": ("FeedbackAlignment", {}),
     "dfa": ("DirectFeedbackAlignment", {}),
 }

@@ -27,11 +27,8 @@ def heads(device: str = "cpu", rounds: int = 15) -> dict:
     def supervised() -> None:
         opt.zero_grad()
         h, loss = x, torch.zeros((), device=device)
-        for block, V in zip(net, [*rule.parameters(), None], strict=True):
+        for block, V in zip([*net][:-1], rule.parameters(), strict=True):
             h = block(h)
-            if V is None:
-                loss = loss + F.cross_entropy(h, y)
-                break
             s = rule.scores(h, V)
             each = F.cross_entropy(s.flatten(0, 1), y.repeat_interleave(8), reduction="none")
             each = each.view(batch, 8)
@@ -39,7 +36,7 @@ def heads(device: str = "cpu", rounds: int = 15) -> dict:
             best = s.detach().take_along_dim(each.argmin(1)[:, None, None], 1)
             far = (s - best).square().mean(2)
             loss = loss + torch.where(leads, each / 6, far / 2).sum(1).mean()
-        loss.backward()
+        (loss + F.cross_entropy(net[-1](h), y)).backward()
         opt.step()
 
     def local() -> None:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from ..data import Data
 from ..network import mlp
 from ..stages import Stage, Stages
-from ..training.distributed import RankRun
+from ..training.distributed import RankRun, own_loss
 from ..training.ranks import Ranks, ranks
 from . import results
 from .timing import SGD
@@ -47,8 +47,7 @@ def local(steps: int, team: Ranks, pipeline: bool) -> Callable[[], None]:
     """Each stage by its own loss: in a rank each, or both in rank 0 while rank 1 rests."""
     made, where = stages(), team if pipeline else Ranks()
     mine = [made[team.rank]] if pipeline else list(made)
-    loss = lambda stage, h, y: F.cross_entropy(stage.scores(h), y)  # noqa: E731
-    run = RankRun(mine, data(steps), SGD, loss, where, pipeline)
+    run = RankRun(mine, data(steps), SGD, own_loss, where, pipeline)
 
     def epoch() -> None:
         if pipeline or team.rank == 0:

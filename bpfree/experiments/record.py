@@ -139,8 +139,7 @@ def _so_far(recipe: Recipe, folder: str | os.PathLike | None) -> dict:
     # a field that did not exist when the file was recorded had its default's effect
     was = {**defaults, **result["recipe"]}
     free = {"seeds", "source", "paper"}  # they decide no number
-    changed = [k for k, now in settings.items() if k not in free and now != was.get(k)]
-    if changed:
+    if changed := [k for k, now in settings.items() if k not in free and now != was.get(k)]:
         said = ", ".join(f"{k}={was.get(k)!r} (now {settings[k]!r})" for k in changed)
         raise ValueError(f"{file} was recorded with {said}; move it away to record anew")
     return {**result, "recipe": settings}
@@ -154,12 +153,7 @@ def _curves(run: Run, i: int) -> dict:
             return [plain(u) for u in v]
         return round(v, 4) if math.isfinite(v) else None
 
-    names = [f.name for f in dataclasses.fields(run)]
-    curves = {
-        name: plain(value[i].tolist())
-        for name in names
-        if isinstance(value := getattr(run, name), torch.Tensor)
-    }
+    curves = {k: plain(v[i].tolist()) for k, v in vars(run).items() if isinstance(v, torch.Tensor)}
     return {**curves, "diverged": run.diverged[i]}
 
 

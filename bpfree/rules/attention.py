@@ -83,7 +83,8 @@ class NextLayerAttention(Backprop):
             # one who pays no attention at all is not to be won
             M = torch.where(whole > 0, M * (1 - paid / whole) / whole, 0.0)
         if self.scale == "weights":
-            M = M * (torch.linalg.vector_norm(W) / torch.linalg.vector_norm(M))
+            norm = torch.linalg.vector_norm(M)  # none of weights that are all zero
+            M = M * torch.where(norm > 0, torch.linalg.vector_norm(W) / norm, 0.0)
         return M
 
     def feedback(self, l, params, state):

@@ -18,8 +18,7 @@ class Frozen(Rule):
     """
 
     def signals(self, params, state, trace, error, target):
-        hidden = [(t.r, torch.zeros_like(t.a)) for t in trace[:-1]]
-        return [*hidden, (trace[-1].r, error)]
+        return [*((t.r, torch.zeros_like(t.a)) for t in trace[:-1]), (trace[-1].r, error)]
 
 
 def shuffled(rule: type[Rule]) -> type[Rule]:
@@ -34,13 +33,9 @@ def shuffled(rule: type[Rule]) -> type[Rule]:
         def signals(self, *args):
             *hidden, last = super().signals(*args)
             batch = len(args[-1])  # a rule of two passes may have two rows per sample
-            return [
-                *(
-                    (r, d.unflatten(0, (-1, batch)).roll(1, 1).flatten(0, 1), *own)
-                    for r, d, *own in hidden
-                ),
-                last,
-            ]
+            for i, (r, d, *own) in enumerate(hidden):
+                hidden[i] = r, d.unflatten(0, (-1, batch)).roll(1, 1).flatten(0, 1), *own
+            return [*hidden, last]
 
     Shuffled.__name__ = Shuffled.__qualname__ = f"Shuffled{rule.__name__}"
     return Shuffled

@@ -73,11 +73,9 @@ class SignSymmetry(Backprop):
         super().__init__(net, generator)
         one_of("magnitude", magnitude, ("unit", "fixed"))
         check_scale("scale", scale)
-        for l, weight in enumerate(net.weights()[1:], 2):
-            if magnitude == "fixed":
-                S = like_weight(weight, scale, generator).abs()
-            else:
-                S = weight.new_tensor(scale)
+        fixed = magnitude == "fixed"
+        for l, W in enumerate(net.weights()[1:], 2):
+            S = like_weight(W, scale, generator).abs() if fixed else W.new_tensor(scale)
             self.register_buffer(f"S{l}", S)
 
     def feedback(self, l, params, state):

@@ -94,11 +94,7 @@ class ForwardGradient(Rule):
             for name, v in way.items():
                 each = (d.mean() if weights else d.reshape(-1, *[1] * (v.dim() - 1))) * v
                 found[name] = found[name] + each if name in found else each
-        signals: list[Signal] = []
-        for l, t in enumerate(trace, 1):
-            if weights:
-                mine = {n: found[n] for n in found if n.startswith(f"{l - 1}.")}
-                signals.append((t.r, torch.zeros_like(t.a), mine))
-            else:
-                signals.append((t.r, found[f"U{l}"] if l < len(trace) else error))
-        return signals
+        if not weights:
+            return [(t.r, d) for t, d in zip(trace, [*found.values(), error], strict=True)]
+        mine = [{n: found[n] for n in found if n.startswith(f"{l}.")} for l in range(len(trace))]
+        return [(t.r, torch.zeros_like(t.a), own) for t, own in zip(trace, mine, strict=True)]

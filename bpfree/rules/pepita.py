@@ -76,7 +76,7 @@ class PEPITA(Rule):
         check_scale("feedback_scale", feedback_scale)
         if len(net) < 2:
             raise ValueError("PEPITA needs a hidden block, got a network of 1 block")
-        if not isinstance(mirroring, int) or mirroring < 0:
+        if isinstance(mirroring, bool) or not isinstance(mirroring, int) or mirroring < 0:
             raise ValueError(f"mirroring must be a number of batches >= 0, got {mirroring!r}")
         self.output_error, self.sign, self.mirroring = output_error, sign, mirroring
         self.conv_scaling, self.presynaptic = conv_scaling, presynaptic

@@ -51,12 +51,12 @@ def digest(tree: Any) -> str:
 
     def add_new(value: Any) -> None:
         if isinstance(value, dict):
-            for key in value:
-                add(key)
-                add(value[key])
+            add([*value.items()])
         elif isinstance(value, (list, tuple)):
             for item in value:
                 add(item)
+        elif isinstance(value, (set, frozenset)):
+            add(sorted(map(digest, value)))
         elif isinstance(value, Tensor):
             flat = value.detach().cpu().contiguous().reshape(-1)
             sha.update(f"{value.dtype}{tuple(value.shape)}".encode())
@@ -69,7 +69,7 @@ def digest(tree: Any) -> str:
             add([value.__func__, value.__self__])
         elif isinstance(value, functools.partial):
             add([value.func, value.args, value.keywords])
-        elif isinstance(value, (str, bytes, numbers.Number, type(None), torch.Size)):
+        elif isinstance(value, (str, bytes, numbers.Number, type(None), torch.dtype, range)):
             sha.update(f"{type(value).__name__}:{value!r};".encode())
         else:
             named = value if hasattr(value, "__qualname__") else type(value)

@@ -130,12 +130,8 @@ def precision(name: str, device: torch.device) -> Iterator[None]:
 
     choose("high" if tf32 else "highest", tf32, ["tf32" if tf32 else "ieee"] * len(settings))
     cudnn.benchmark, cudnn.deterministic = False, True
-    # a recorded step must not keep the cast weights of another
-    cast = torch.autocast(
-        device.type, torch.bfloat16, enabled=name == "bf16", cache_enabled=False
-    )  # fmt: skip
-    try:
-        with cast:
+    try:  # a recorded step must not keep the cast weights of another
+        with torch.autocast(device.type, torch.bfloat16, name == "bf16", cache_enabled=False):
             yield
     finally:
         choose(*(older or ("highest", True)), before)

@@ -156,7 +156,6 @@ class RankRun:
         self.pipeline = pipeline
         self.is_fed = pipeline and ranks.rank > 0  # by the rank below
         self.feeds = pipeline and ranks.rank < ranks.size - 1
-        self.above: Above | None = None
         self.params = [p for stage in mine for p in stage.parameters()]
         self.opt = optimizer(self.params)
         self.like = self.params[0]
@@ -186,7 +185,8 @@ class RankRun:
             if self.above:
                 self.above.send(h)
             losses.append(self.loss(stage, h, y))
-            losses[-1].backward()
+            if losses[-1].requires_grad:  # not of what is frozen
+                losses[-1].backward()
             x = h.detach()
         if not self.pipeline:
             learnt = [p for p in self.params if p.grad is not None]

@@ -44,8 +44,7 @@ class Lockstep:
         changes: tuple[int, bool] = (0, False),  # (shift, flip) of ``draw_moves``
     ):
         self.rules, self.device, self.ranks = rules, data.train_x.device, ranks
-        self.precision, self.compile = precision, compile
-        self.changes = changes
+        self.precision, self.compile, self.changes = precision, compile, changes
         # the sources, on the CPU for every device, draw what an epoch begins with: so what has no
         # dropout learns the same on each, up to rounding
         self.sources = generators
@@ -60,9 +59,8 @@ class Lockstep:
         self.opt = optimizer(list(self.learning.values()))
         self.rates = [group["lr"] for group in self.opt.param_groups]
         self.rate, self.replay = None, None
-        if record is None:  # messages between ranks are launched one by one
-            record = can_record(self.device) and ranks.size == 1
-        self.record = record
+        # messages between ranks are launched one by one
+        self.record = can_record(self.device) and ranks.size == 1 if record is None else record
         self.order, self.step = None, 0  # of the epoch under way, if there is one
         self.totals = torch.zeros(2, len(rules), dtype=torch.float64, device=self.device)
         over_seeds = torch.vmap if len(rules) > 1 else lambda f, in_dims=None: f

@@ -74,9 +74,9 @@ def _backward(stages, x, y, local, weights) -> tuple[Tensor, Tensor]:
         # in bfloat16 the errors of a trained network would round to zero
         loss = F.cross_entropy(scores.to(torch.promote_types(scores.dtype, torch.float32)), y)
         losses.append(loss.detach())
-        if weight and local:
+        if weight and local and loss.requires_grad:  # not of what is frozen
             (weight * loss).backward()
-        elif weight:
+        elif weight and not local:
             total = total + weight * loss
         del loss
     if not local:

@@ -38,6 +38,8 @@ def processes(jobs: int) -> Iterator[Callable[..., Future]]:
     pool = ProcessPoolExecutor(jobs, spawn, _start, (spawn.RLock(), slots))
 
     def submit(f: Callable, *args: Any) -> Future:
+        if threading.current_thread() is not threading.main_thread():  # it hears no Ctrl-C
+            return pool.submit(f, *args)
         # a process that starts now ignores Ctrl-C for ever: it is for this one to stop all
         before = signal.signal(signal.SIGINT, signal.SIG_IGN)
         try:
