@@ -1,6 +1,6 @@
 """What every learning rule shares: one pure update, and signals turned into gradients (chapter 0).
 
-*Learning rules differ in where the teaching signal comes from, and in nothing else.* A rule says,
+*Learning rules differ in where the teaching signal comes from, and in little else.* A rule says,
 for each block l, what its presynaptic activity r_l and its teaching signal delta_l are. This file
 does the rest, the same for all:
 
