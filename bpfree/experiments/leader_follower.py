@@ -32,7 +32,7 @@ def mnist_fc() -> Iterator[Recipe]:
             if leaders < 1:
                 arms[f"{kind}-{share}-followers"] = "LeaderFollower", options
     # the log's training accuracy is no higher than its test accuracy: something regularised it
-    for arm in ("bp", "greedy", "lfnn-l-100", "lfnn-l-72-followers"):
+    for arm in ("bp", "greedy", "lfnn-l-100", "lfnn-l-72-followers", "lfnn-72-followers"):
         arms[f"{arm}-shifts"] = arms[arm]
     network = ("mlp", (784, 256, 128, 10), {"bias": True})
     for arm, (rule, options) in arms.items():
