@@ -32,12 +32,18 @@ SAME = {"forward-mnist": "lfnn-fc-mnist"}  # network and protocol
 ACTIVATIONS = {"relu": "ReLU", "tanh": "tanh", "sign": "signum"}
 LABELS = {  # ending of the recipe's name -> label, where that of the rule does not say it
     "greedy": "greedy local losses",
+    "own-4": "LFNN-l, 4 that see their own units",
     "lfnn-l-100": "LFNN-l, all lead",
+    "lfnn-l-100-of-8": "LFNN-l, all of 8 lead",
     "lfnn-l-72": "LFNN-l, 23 of 32 lead",
     "lfnn-l-72-followers": "LFNN-l, 23 of 32 lead, followers taught",
+    "lfnn-l-30": "LFNN-l, 10 of 32 lead",
+    "lfnn-l-30-followers": "LFNN-l, 10 of 32 lead, followers taught",
     "lfnn-100": "LFNN, all lead",
     "lfnn-72": "LFNN, 23 of 32 lead",
     "lfnn-72-followers": "LFNN, 23 of 32 lead, followers taught",
+    "lfnn-30": "LFNN, 10 of 32 lead",
+    "lfnn-30-followers": "LFNN, 10 of 32 lead, followers taught",
     "p-1": "attention, p = 1",
     "p-1.5": "attention, p = 1.5",
     "p-3": "attention, p = 3",
@@ -122,7 +128,7 @@ def labels(arms: dict[str, dict]) -> list[str]:
     first, found = next(iter(arms.values()))["recipe"], []
     for arm, record in arms.items():
         recipe = record["recipe"]
-        label = LABELS.get(arm) or style.label(recipe["rule"])
+        label = LABELS.get(arm.removesuffix("-shifts")) or style.label(recipe["rule"])
         if hidden(recipe) is not None and activation(recipe) != activation(first):
             label += f", {activation(recipe)}"
         widths = hidden(recipe)
