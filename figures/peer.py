@@ -36,7 +36,7 @@ from bpfree.training.device import keep_freed_memory
 NETWORKS = {(784, 1024, 1024, 1024, 10): 256, (784, 1024, 10): 64}
 RULES = {"FeedbackAlignment": "fa", "DirectFeedbackAlignment": "dfa", "SignSymmetry": "usf"}
 SGD = partial(torch.optim.SGD, lr=1e-4, momentum=0.9)
-PROCESSES, ROUNDS, REPEATS = 8, 4, 10
+PROCESSES, ROUNDS, REPEATS = 6, 4, 10
 
 
 def theirs(mode: str, sizes: tuple[int, ...], batch: int) -> Callable[[], None]:
