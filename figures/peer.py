@@ -84,9 +84,10 @@ def main() -> None:
                 jobs = [pool.submit(process, k, name, sizes, batch) for k in range(PROCESSES)]
                 found = [job.result() for job in jobs]
             for key in ("autograd", name):  # autograd's own times: those beside the last arm
-                rows[key] = {n: statistics.median(f[key][n] for f in found) for n in found[0][key]}
+                medians = {n: statistics.median(f[key][n] for f in found) for n in found[0][key]}
+                rows[key] = {n: round(v, 4) for n, v in medians.items()}
             low, _, high = statistics.quantiles(f[name]["ratio"] for f in found)
-            rows[name] |= {"from": round(low, 3), "to": round(high, 3)}
+            rows[name] |= {"from": round(low, 4), "to": round(high, 4)}
             print(sizes, name, rows[name])
     version = importlib.metadata.version("biotorch")
     content = {**results.manifest("cpu"), "biotorch": version, "steps": table}
