@@ -246,6 +246,7 @@ def test_a_row_that_no_paper_has_says_so():
     for name in ("pepita-fc-mnist-frozen", "pepita-conv-cifar10-released"):
         assert " | none | " in results.table([name])
     assert " | not verified | " in results.table(["pepita-fc-mnist-fa"])
+    assert "| BP | mnist, shifts 2 |" in results.table(["lfnn-fc-mnist-bp-shifts"])
 
 
 def test_undefined_angles_are_null_not_nan(folder, monkeypatch):

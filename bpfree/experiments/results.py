@@ -160,9 +160,8 @@ def table(names: Sequence[str], folder: str | os.PathLike | None = None) -> str:
             shape = args[0] if kind == "torchvision_model" else kind
         paper = "none" if recipe.source == "this book" else recipe.paper or "not verified"
         options = "".join(f", {k} {v}" for k, v in recipe.options.items()).replace("_", " ")
-        head = (
-            f"| {label(recipe.rule)}{options} | {recipe.data} | {shape} | {recipe.length} | {paper}"
-        )
+        data = f"{recipe.data}, shifts {recipe.shifts}" if recipe.shifts else recipe.data
+        head = f"| {label(recipe.rule)}{options} | {data} | {shape} | {recipe.length} | {paper}"
         if not path(name, folder).exists():
             missing.append(name)
             rows += [f"{head} | not run | | | |"] * (recipe.paper is not None)
