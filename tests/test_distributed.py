@@ -223,6 +223,15 @@ def test_a_pipeline_is_one_process(size, worlds):
         close(told, tuple(curves))
 
 
+def test_a_frozen_stage_rests_and_the_next_learns():
+    parts = stages()
+    parts[0].requires_grad_(False)
+    before = {k: p.clone() for k, p in parts.named_parameters()}
+    train(parts, digits(), pipeline=False, **SETTINGS)
+    moved = {k[0] for k, p in parts.named_parameters() if not torch.equal(p, before[k])}
+    assert moved == {"1"}
+
+
 def test_stages_on_shares_of_a_batch_are_one_process(worlds):
     expected, curves = shared(Ranks())
     for theirs, told in worlds["shared", 2]:
